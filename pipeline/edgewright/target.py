@@ -1,0 +1,133 @@
+"""The target profile: facts about a device, read from `targets/NAME.toml`. Data, never code."""
+
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from edgewright.errors import BadInput, UsageError
+from edgewright.settings import load_toml, parse, suggestion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the device is: instruction set, libraries, what an install must find there."""
+
+    arch: Literal["x86_64", "aarch64"]
+    isa: tuple[str, ...] = ()
+    compatible: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeSettings:
+    """ONNX Runtime on the device: provider with its options, threads, session options."""
+
+    provider: str = "CPUExecutionProvider"
+    provider_options: dict[str, str] = field(default_factory=dict)
+    threads: int = 1
+    session: dict[str, str] = field(default_factory=dict)
+    min_provider_share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How code for the device runs from here: natively, emulated, or over SSH.
+
+    For `emulate`: the QEMU CPU model and, for ARM, the identity written to the emulated
+    /proc/cpuinfo. ONNX Runtime picks kernels from both, so they must describe one CPU
+    (facts: a mismatch ends in SIGILL or in silently slower kernels).
+    """
+
+    how: Literal["local", "emulate", "ssh"] = "local"
+    cpu_model: str = ""
+    cpu_part: str = ""
+    cpu_variant: str = ""
+    cpu_features: str = ""
+    cores: int = 1
+    host: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Scheme:
+    """What the device's int8 kernels like.
+
+    `style`: static = QDQ from calibration data; none = no int8 kernels worth using.
+    `saturates`: 16-bit pair sums of U8S8 products saturate (x86 without VNNI), so weights
+    must leave head-room.
+    """
+
+    style: Literal["static", "none"] = "static"
+    activations: Literal["uint8", "int8"] = "uint8"
+    weights: Literal["int8", "uint8"] = "int8"
+    symmetric_activations: bool = False
+    per_channel: bool = True
+    saturates: bool = False
+    dynamic: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Limits every model for this target must keep, whatever its recipe says."""
+
+    max_size_bytes: int | None = None
+    max_peak_memory_bytes: int | None = None
+    max_latency_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One target profile."""
+
+    name: str
+    description: str
+    device: Device
+    runtime: RuntimeSettings = RuntimeSettings()
+    run: RunSettings = RunSettings()
+    int8: Int8Scheme = Int8Scheme()
+    budget: Budget = Budget()
+    raw: dict[str, Any] = field(default_factory=dict)
+
+
+def profiles_folder() -> Path:
+    """The folder of the shipped profiles: inside the wheel, or `targets/` of the repository."""
+    installed = Path(str(resources.files("edgewright"))) / "targets"
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "targets"
+
+
+def target_names() -> list[str]:
+    """The names of the shipped profiles, sorted."""
+    return sorted(p.stem for p in profiles_folder().glob("*.toml"))
+
+
+def load_target(name: str) -> Target:
+    """A shipped profile by name, or a user's own by path (anything with a '/' or '.toml')."""
+    if name.endswith(".toml") or "/" in name:
+        path = Path(name)
+        where = f"target profile {name}"
+    else:
+        if name not in target_names():
+            raise UsageError(
+                f"unknown target '{name}'",
+                hint=f"{suggestion(name, target_names())}; a profile of your own is named by path",
+            )
+        path = profiles_folder() / f"{name}.toml"
+        where = f"target profile {name}"
+    return parse_target(load_toml(path, "target profile"), where)
+
+
+def parse_target(raw: dict[str, Any], where: str = "target profile") -> Target:
+    """Check the tables of a profile."""
+    if "raw" in raw:
+        raise BadInput(f"unknown key 'raw' in {where}")
+    target = parse(Target, raw, where)
+    if not target.name.replace("-", "").replace("_", "").isalnum():
+        raise BadInput(f"{where}: name", expected="letters, digits, '-', '_'", found=target.name)
+    if target.run.how == "emulate" and not target.run.cpu_model:
+        raise BadInput(f"{where}: run.cpu_model", expected="a QEMU CPU model", found="nothing")
+    if target.run.how == "ssh" and not target.run.host:
+        raise BadInput(f"{where}: run.host", expected="the device's SSH host", found="nothing")
+    if not 0 <= target.runtime.min_provider_share <= 1:
+        raise BadInput(f"{where}: runtime.min_provider_share", expected="0 to 1")
+    if target.runtime.threads < 1:
+        raise BadInput(f"{where}: runtime.threads", expected="at least 1")
+    return Target(**{**{f: getattr(target, f) for f in target.__dataclass_fields__}, "raw": raw})
