@@ -1,0 +1,1 @@
+"""Running models: in-process sessions, child workers, emulation. The importer of onnxruntime."""

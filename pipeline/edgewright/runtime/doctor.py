@@ -1,0 +1,139 @@
+"""What this machine can run: its hardware and versions, and whether each target works here.
+
+Nothing heavy is started: a target counts as ready when everything it needs is in its place.
+"""
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from edgewright.errors import EdgewrightError, EnvironmentMissing
+from edgewright.runtime import emulator
+from edgewright.runtime.launch import host_cpu, host_isa, launch_for
+from edgewright.target import Target, load_target, target_names
+
+# What decides which int8 kernels run, by the kernel's names for it.
+ISA_OF_INTEREST = (
+    "avx2",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
+PACKAGES = ("onnx", "onnxruntime", "numpy", "torch")
+# Provider -> the PyPI package whose onnxruntime has it.
+PROVIDER_PACKAGES = {
+    "CUDAExecutionProvider": "onnxruntime-gpu",
+    "TensorrtExecutionProvider": "onnxruntime-gpu",
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+}
+NVIDIA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+
+
+def checks() -> list[dict[str, Any]]:
+    """One entry per shipped profile: {target, ready, reason, next}.
+
+    `reason` says how the target runs here, or why it cannot; `next` is what to do about it,
+    empty where the target is ready.
+    """
+    return [check(load_target(name)) for name in target_names()]
+
+
+def check(target: Target) -> dict[str, Any]:
+    """Whether one target runs here, and if not, why and what to do."""
+    try:
+        launch_for(target)
+        need_provider(target.runtime.provider)
+    except EdgewrightError as error:
+        reason, _, hint = str(error).partition(" Next: ")
+        return {
+            "target": target.name,
+            "ready": False,
+            "reason": reason.removesuffix("."),
+            "next": hint.removesuffix("."),
+        }
+    return {"target": target.name, "ready": True, "reason": how_it_runs(target), "next": ""}
+
+
+def how_it_runs(target: Target) -> str:
+    """In words, for a target that is ready."""
+    provider = target.runtime.provider.removesuffix("ExecutionProvider")
+    if target.run.how == "emulate":
+        version = emulator.qemu_version(target.device.arch) or "of unknown version"
+        model = target.run.cpu_model.partition(",")[0]
+        return f"{provider}, emulated: QEMU {version}, CPU model {model}"
+    return f"{provider}, natively"
+
+
+def need_provider(provider: str) -> None:
+    """EnvironmentMissing unless the installed onnxruntime has the provider and its driver."""
+    if provider == "CPUExecutionProvider":
+        return
+    available = available_providers()
+    if provider not in available:
+        package = PROVIDER_PACKAGES.get(provider)
+        raise EnvironmentMissing(
+            f"the installed onnxruntime has no {provider}",
+            found=", ".join(available),
+            hint=f"pip uninstall onnxruntime, then pip install {package}"
+            if package
+            else "install an onnxruntime that has it",
+        )
+    if provider in NVIDIA_PROVIDERS and not has_nvidia_driver():
+        raise EnvironmentMissing(
+            f"{provider} needs the NVIDIA driver",
+            found="no libcuda.so.1",
+            hint="install the driver, or run on a machine with an NVIDIA GPU",
+        )
+
+
+@functools.cache
+def available_providers() -> tuple[str, ...]:
+    """The providers of the installed onnxruntime; imports it, which takes a moment."""
+    import onnxruntime
+
+    return tuple(onnxruntime.get_available_providers())
+
+
+def has_nvidia_driver() -> bool:
+    """Whether the driver's library loads; it starts nothing on the GPU."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def host() -> dict[str, Any]:
+    """Facts about this machine: sizes in bytes, versions as text or None where absent."""
+    flags = host_isa()
+    return {
+        "cpu": host_cpu(),
+        "arch": platform.machine(),
+        "isa": [flag for flag in ISA_OF_INTEREST if flag in flags],
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        "python": platform.python_version(),
+        "versions": {name: package_version(name) for name in PACKAGES},
+        "qemu": emulator.qemu_version("aarch64") or emulator.qemu_version("x86_64"),
+    }
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a package, without importing it."""
+    names = emulator.ORT_PACKAGES if name == "onnxruntime" else (name,)
+    for candidate in names:
+        try:
+            return importlib.metadata.version(candidate)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None

@@ -1,0 +1,76 @@
+"""How a process for a target is started here, and whether this machine can do it."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from edgewright.errors import EnvironmentMissing
+from edgewright.runtime import emulator
+from edgewright.runtime.session import Launch, Session
+from edgewright.target import Target
+
+
+def host_isa() -> frozenset[str]:
+    """The CPU flags of this machine as the kernel names them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def host_cpu() -> str:
+    """The CPU model name of this machine, as part of a measurement's identity."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def launch_for(target: Target) -> Launch:
+    """The launch of a target's processes; EnvironmentMissing says what this machine lacks."""
+    if target.run.how == "ssh":
+        raise EnvironmentMissing(
+            f"target {target.name} runs over SSH ({target.run.host})",
+            found="no SSH runner in this version",
+            hint="use a target with run.how = 'local' or 'emulate'",
+        )
+    if target.run.how == "emulate":
+        return emulator.launch(target)
+    if platform.machine() != target.device.arch:
+        raise EnvironmentMissing(
+            f"target {target.name} runs natively",
+            expected=target.device.arch,
+            found=platform.machine(),
+            hint="choose a target of this machine's architecture, or an emulated one",
+        )
+    missing = [flag for flag in target.device.isa if flag not in host_isa()]
+    if missing:
+        raise EnvironmentMissing(
+            f"target {target.name} needs CPU features that this machine lacks",
+            expected=" ".join(target.device.isa),
+            found="no " + " ".join(missing),
+            hint="choose a target that fits this CPU; `edgewright doctor` lists them",
+        )
+    return Launch()
+
+
+def session_options(target: Target) -> dict[str, Any]:
+    """The options of a worker's `load` request for a target."""
+    return {
+        "provider": target.runtime.provider,
+        "provider_options": dict(target.runtime.provider_options),
+        "threads": target.runtime.threads,
+        "session": dict(target.runtime.session),
+    }
+
+
+def open_on_target(model: Path, target: Target, name: str = "") -> Session:
+    """A session of the model through the target's own runtime."""
+    return Session(model, launch=launch_for(target), name=name, **session_options(target))

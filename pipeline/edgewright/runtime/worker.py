@@ -1,0 +1,281 @@
+"""The child process that holds one ONNX Runtime session. Runs on the host and on the device.
+
+Needs Python's standard library, numpy and onnxruntime only, so the same file runs under an
+emulator or on a device. It reads requests from standard input and answers on standard output.
+
+A message is an 8-byte big-endian length, a JSON header of that length, then the raw bytes of
+the arrays the header lists as {"name", "dtype", "shape"}. Requests carry "op"; answers carry
+"error" = {"kind", "text"} where the request failed.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+OPS = ("load", "run", "feeds", "slice", "memory", "profile", "spin", "quit")
+
+
+def read_exact(stream, size):
+    """Exactly `size` bytes, or EOFError."""
+    data = bytearray()
+    while len(data) < size:
+        part = stream.read(size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)
+
+
+def receive(stream):
+    """Read one message: (header, arrays by name)."""
+    import numpy as np
+
+    size = int.from_bytes(read_exact(stream, 8), "big")
+    header = json.loads(read_exact(stream, size))
+    arrays = {}
+    for item in header.get("arrays", []):
+        dtype, shape = np.dtype(item["dtype"]), tuple(item["shape"])
+        count = int(np.prod(shape, dtype=np.int64))
+        data = read_exact(stream, count * dtype.itemsize)
+        arrays[item["name"]] = np.frombuffer(data, dtype).reshape(shape)
+    return header, arrays
+
+
+def send(stream, header, arrays=()):
+    """Write one message; `arrays` are (name, array) pairs."""
+    import numpy as np
+
+    arrays = [(name, np.asarray(a, order="C")) for name, a in arrays]
+    for name, array in arrays:
+        if array.dtype.hasobject:
+            raise TypeError(f"'{name}' holds {array.dtype} values, which cannot be passed on")
+    header = dict(header)
+    header["arrays"] = [
+        {"name": name, "dtype": a.dtype.str, "shape": list(a.shape)} for name, a in arrays
+    ]
+    text = json.dumps(header).encode()
+    stream.write(len(text).to_bytes(8, "big") + text)
+    for _, array in arrays:
+        stream.write(array.tobytes())
+    stream.flush()
+
+
+def status_kib(key):
+    """A field of /proc/self/status in KiB, 0 where the kernel does not tell."""
+    try:
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith(key + ":"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
+def run_queue_ns():
+    """Time this process was ready but waiting for a core, in nanoseconds."""
+    try:
+        with open("/proc/self/schedstat") as file:
+            return int(file.read().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+class Server:
+    """State of the worker: one session, the feeds to cycle through."""
+
+    def __init__(self):
+        self.session = None
+        self.feeds = []
+        self.outputs = None
+        self.turn = 0
+        self.import_s = 0.0
+
+    def load(self, header, _):
+        begin = time.perf_counter()
+        import onnxruntime
+
+        self.import_s = time.perf_counter() - begin
+        before = status_kib("VmRSS")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = header.get("threads", 1)
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        options.use_deterministic_compute = True
+        options.graph_optimization_level = getattr(
+            onnxruntime.GraphOptimizationLevel, header.get("level", "ORT_ENABLE_ALL")
+        )
+        options.enable_cpu_mem_arena = header.get("arena", True)
+        for key, value in header.get("session", {}).items():
+            options.add_session_config_entry(key, value)
+        if header.get("optimized"):
+            options.optimized_model_filepath = header["optimized"]
+        if header.get("profile"):
+            options.enable_profiling = True
+            options.profile_file_prefix = header["profile"]
+        wanted = header.get("provider", "CPUExecutionProvider")
+        if wanted not in onnxruntime.get_available_providers():
+            raise LookupError(
+                f"provider {wanted} is not in this onnxruntime "
+                f"(it has {', '.join(onnxruntime.get_available_providers())})"
+            )
+        begin = time.perf_counter()
+        self.session = onnxruntime.InferenceSession(
+            header["model"], options, providers=[(wanted, header.get("provider_options", {}))]
+        )
+        load_s = time.perf_counter() - begin
+        if wanted not in self.session.get_providers():
+            raise LookupError(f"provider {wanted} refused the session")
+
+        def describe(values):
+            return [{"name": v.name, "type": v.type, "shape": v.shape} for v in values]
+
+        return {
+            "inputs": describe(self.session.get_inputs()),
+            "outputs": describe(self.session.get_outputs()),
+            "providers": self.session.get_providers(),
+            "version": onnxruntime.__version__,
+            "import_s": self.import_s,
+            "load_s": load_s,
+            "rss_before_load_kib": before,
+            "rss_after_load_kib": status_kib("VmRSS"),
+            "peak_after_load_kib": status_kib("VmHWM"),
+            "cores": os.cpu_count(),
+        }, ()
+
+    def run(self, header, arrays):
+        names = header.get("outputs")
+        values = self.session.run(names, arrays)
+        names = names or [o.name for o in self.session.get_outputs()]
+        return {}, list(zip(names, values))
+
+    def keep_feeds(self, header, arrays):
+        if header.get("first"):
+            self.feeds = []
+        self.feeds.append(dict(arrays))
+        return {"count": len(self.feeds)}, ()
+
+    def slice(self, header, _):
+        """Run for `seconds` and at least `min_runs` times; wall and CPU seconds of each run.
+
+        `turn`: the feed to begin with, so that two models can be given the same ones.
+        """
+        session, feeds, walls, cpus = self.session, self.feeds, [], []
+        self.turn = header.get("turn", self.turn)
+        seconds, min_runs = header["seconds"], header.get("min_runs", 1)
+        queue, switches = run_queue_ns(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        begin = time.perf_counter()
+        cpu_begin = time.process_time()
+        while len(walls) < min_runs or time.perf_counter() - begin < seconds:
+            feed = feeds[self.turn % len(feeds)]
+            self.turn += 1
+            wall, cpu = time.perf_counter(), time.process_time()
+            session.run(None, feed)
+            cpus.append(time.process_time() - cpu)
+            walls.append(time.perf_counter() - wall)
+        return {
+            "wall_s": walls,
+            "cpu_s": cpus,
+            "total_wall_s": time.perf_counter() - begin,
+            "total_cpu_s": time.process_time() - cpu_begin,
+            "run_queue_s": (run_queue_ns() - queue) / 1e9,
+            "involuntary_switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches,
+        }, ()
+
+    def memory(self, header, _):
+        """Peak resident KiB over `runs` runs, the high-water mark reset before them.
+
+        `order`: the feeds to run instead, by number. `seconds`: after these, two runs are
+        enough. `first_run_s`: time of the first run.
+        """
+        reset = True
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        except OSError:
+            reset = False
+        first_run_s = 0.0
+        begin = time.perf_counter()
+        for done, k in enumerate(header.get("order") or range(header.get("runs", 3))):
+            if done >= 2 and time.perf_counter() - begin > header.get("seconds", float("inf")):
+                break
+            self.session.run(None, self.feeds[k % len(self.feeds)])
+            first_run_s = first_run_s or time.perf_counter() - begin
+        return {"peak_kib": status_kib("VmHWM"), "reset": reset, "first_run_s": first_run_s}, ()
+
+    def spin(self, header, _):
+        """A fixed piece of work that touches no model: its time tells how quiet the machine is."""
+        begin = time.perf_counter()
+        sum(range(header["count"]))
+        return {"wall_s": time.perf_counter() - begin}, ()
+
+    def profile(self, header, _):
+        """Run `runs` times under the profiler and return what it recorded."""
+        for k in range(header.get("runs", 10)):
+            self.session.run(None, self.feeds[k % len(self.feeds)])
+        path = self.session.end_profiling()
+        with open(path) as file:
+            events = json.load(file)
+        os.unlink(path)
+        nodes = []
+        for event in events:
+            if event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
+                args = event.get("args", {})
+                nodes.append(
+                    {
+                        "name": event["name"][: -len("_kernel_time")],
+                        "index": int(args.get("node_index", -1)),
+                        "op": args.get("op_name", ""),
+                        "provider": args.get("provider", ""),
+                        "types": [t for i in args.get("input_type_shape", []) for t in i],
+                        "us": event.get("dur", 0),
+                    }
+                )
+        return {"nodes": nodes}, ()
+
+
+def serve(source, sink):
+    """Answer requests until end of input or `quit`."""
+    server = Server()
+    handlers = {
+        "load": server.load,
+        "run": server.run,
+        "feeds": server.keep_feeds,
+        "slice": server.slice,
+        "memory": server.memory,
+        "profile": server.profile,
+        "spin": server.spin,
+    }
+    while True:
+        try:
+            header, arrays = receive(source)
+        except EOFError:
+            return
+        if header["op"] == "quit":
+            return
+        try:
+            answer, values = handlers[header["op"]](header, arrays)
+            send(sink, answer, values)
+        except Exception as error:  # the parent turns it into a message; nothing is lost
+            kind = type(error).__name__
+            send(sink, {"error": {"kind": kind, "text": str(error)[:2000]}})
+
+
+def main():
+    """Set limits (first argument: bytes of address space, 0 for none), then serve."""
+    limit = int(sys.argv[1]) if len(sys.argv) > 1 else 0
+    if limit:
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)  # a limit cannot be raised again
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not get between the messages
+    serve(sys.stdin.buffer, sink)
+
+
+if __name__ == "__main__":
+    main()
