@@ -1,0 +1,316 @@
+"""Making a bundle: its files, the manifest that names them, the archive around them."""
+
+import importlib.metadata
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from edgewright import data, gate
+from edgewright import model as models
+from edgewright.bundle import golden, manifest, tarball
+from edgewright.errors import BadInput, UsageError
+from edgewright.runtime.launch import open_on_target
+from edgewright.runtime.session import RUN_TIMEOUT_S
+from edgewright.stage import Job, Report
+
+MODE = 0o644
+QUANTIZING = re.compile(r"[Qq]uantize|Integer|^Q[A-Z]|NBits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Golden inputs and outputs, how near is near enough, and what made them."""
+
+    feeds: list[data.Feed]
+    outputs: list[data.Feed]
+    tolerances: list[dict[str, Any]]
+    made_with: dict[str, Any]
+    reason: str
+
+
+def run(job: Job) -> Report:
+    """Write the bundle into the job's folder; see `edgewright.bundle.run`."""
+    time_stamp = epoch(os.environ.get("SOURCE_DATE_EPOCH", ""))
+    path = job.input_model()
+    model = load(path)
+    proof = prove(job, path, model)
+    files: dict[str, bytes | Path] = {
+        manifest.MODEL: path,
+        manifest.GOLDEN_INPUTS: golden.write_npz(golden.stack(proof.feeds)),
+        manifest.GOLDEN_OUTPUTS: golden.write_npz(golden.stack(proof.outputs)),
+        manifest.LOCK: lock(proof.made_with["runtime"]),
+        manifest.OPERATORS: operators_config(model),
+    }
+    verdict = None
+    if gate_report := job.reports.get("gate"):
+        files[manifest.GATE_REPORT] = manifest.canonical(gate.public(gate_report))
+        verdict = {"verdict": gate_report["verdict"], "report": manifest.GATE_REPORT}
+    entries = [entry(name, source) for name, source in sorted(files.items())]
+    text = manifest.dump(
+        describe(job, model, proof, verdict, time_stamp, {e["path"]: e for e in entries})
+    )
+    members: list[tuple[tarball.Member, bytes | Path, str]] = []
+    for row in (entry(manifest.PATH, text), *entries):
+        member = tarball.Member(row["path"], row["size"], MODE, time_stamp)
+        source = text if row["path"] == manifest.PATH else files[row["path"]]
+        members.append((member, source, row["sha256"]))
+    settings = job.recipe.model
+    out = job.folder / f"{settings.name}-{settings.version}-{job.target.name}.bundle.tar"
+    digest = tarball.write(out, members)
+    return {
+        "bundle": out.name,
+        "sha256": digest,
+        "bytes": out.stat().st_size,
+        "files": entries,
+        "golden": {"count": len(proof.feeds), "tolerances": proof.tolerances},
+        "notes": remarks(job, proof),
+    }
+
+
+def entry(path: str, source: bytes | Path) -> dict[str, Any]:
+    """A file's line in the manifest."""
+    return {
+        "path": path,
+        "size": tarball.source_size(source),
+        "sha256": tarball.source_digest(source),
+        "mode": f"{MODE:04o}",
+    }
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """The model to ship; BadInput where a part of it lies in another file."""
+    bare = onnx.load(str(path), load_external_data=False)
+    for graph in models.all_graphs(bare.graph):
+        for tensor in graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                raise BadInput(
+                    f"{path.name} keeps weights in other files ('{tensor.name}')",
+                    expected="one file that holds everything",
+                    hint="take the model that the export stage writes",
+                )
+    return bare
+
+
+def epoch(text: str) -> int:
+    """The time stamp of every member: SOURCE_DATE_EPOCH, 0 where it is unset."""
+    if not text:
+        return 0
+    if not re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) or int(text) > tarball.MAX_NUMBER:
+        raise UsageError(
+            "environment variable SOURCE_DATE_EPOCH",
+            expected=f"whole seconds since 1970, 0 to {tarball.MAX_NUMBER}",
+            found=ascii(text[:40]),
+            hint="unset it, or set it with: export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",
+        )
+    return int(text)
+
+
+def prove(job: Job, path: Path, model: onnx.ModelProto) -> Proof:
+    """Golden vectors: calibration samples through the target's own runtime."""
+    # An emulated run can take seconds.
+    most = golden.MIN_VECTORS if job.target.run.how == "emulate" else golden.MAX_VECTORS
+    feeds = golden.choose(data.samples(job.recipe, models.input_specs(model), most), most)
+    names = [value.name for value in model.graph.output]
+    with open_on_target(path, job.target) as session:
+
+        def outputs_of(feed: data.Feed) -> data.Feed:
+            return dict(zip(names, session.run(feed), strict=True))
+
+        outputs = []
+        for k, feed in enumerate(feeds):
+            job.tell("golden vectors", k, len(feeds))
+            outputs.append(outputs_of(feed))
+        again = outputs_of(feeds[0])
+        runtime = str(session.info["version"])
+    quantized = is_quantized(model)
+    limits = golden.tolerances(outputs, quantized)
+    exact = job.target.runtime.provider == "CPUExecutionProvider"
+    for limit in limits:
+        name = limit["output"]
+        difference = golden.compare(again[name], outputs[0][name], limit)
+        exact = exact and difference.equal
+        if difference.fault:
+            raise BadInput(
+                f"output '{name}' changes from run to run",
+                expected="the same output for the same input",
+                found=difference.fault,
+                hint="remove random operators; a device could not be proven against such a model",
+            )
+    share = golden.INT8_SHARE if quantized else golden.FLOAT_SHARE
+    origin = golden.made_with(job.target, job.target.device.arch, runtime)
+    return Proof(
+        feeds=feeds,
+        outputs=outputs,
+        tolerances=limits,
+        made_with={**origin, "exact": exact},
+        reason=golden.REASON.format(share=share),
+    )
+
+
+def remarks(job: Job, proof: Proof) -> list[dict[str, str]]:
+    """What a reader of the report must know about this bundle."""
+    texts = []
+    if len(proof.feeds) < golden.MIN_VECTORS:
+        count = len(proof.feeds)
+        texts.append(f"golden vectors: {count}, as the calibration data holds no more samples")
+    if job.target.runtime.provider == "CPUExecutionProvider" and not proof.made_with["exact"]:
+        texts.append("two runs differ in the last bits, so golden outputs hold by tolerance only")
+    if not job.reports.get("gate"):
+        texts.append("bundled without a gate: nothing says that it may ship")
+    return [{"level": "warning", "text": text} for text in texts]
+
+
+def is_quantized(model: onnx.ModelProto) -> bool:
+    """Whether any node computes with quantized values."""
+    return any(QUANTIZING.search(node.op_type) for node in models.all_nodes(model.graph))
+
+
+def lock(runtime: str) -> bytes:
+    """The Python packages the golden vectors were made with; hashes come with the signature."""
+    numpy = importlib.metadata.version("numpy")
+    return f"numpy=={numpy}\nonnxruntime=={runtime}\n".encode()
+
+
+def domain_name(domain: str) -> str:
+    return domain or "ai.onnx"
+
+
+def operators(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Operators by 'domain:version', those of nested graphs and of functions included."""
+    versions = {domain_name(o.domain): o.version for o in model.opset_import}
+    own = {(f.domain, f.name) for f in model.functions}
+    nodes = list(models.all_nodes(model.graph))
+    for function in model.functions:
+        versions.update({domain_name(o.domain): o.version for o in function.opset_import})
+        for node in function.node:
+            nodes.append(node)
+            for inner in models.subgraphs(node):
+                nodes.extend(models.all_nodes(inner))
+    table: dict[str, set[str]] = {}
+    for node in nodes:
+        if (node.domain, node.op_type) not in own:
+            domain = domain_name(node.domain)
+            table.setdefault(f"{domain}:{versions.get(domain, 1)}", set()).add(node.op_type)
+    return {key: sorted(table[key]) for key in sorted(table)}
+
+
+def operators_config(model: onnx.ModelProto) -> bytes:
+    """ONNX Runtime's format for a reduced build: `domain;version;operator,operator` lines."""
+    lines = [f"{key.replace(':', ';')};{','.join(ops)}" for key, ops in operators(model).items()]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def value_facts(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    """Name, dtype and shape of a graph input or output."""
+    kind = value.type.tensor_type
+    shape: list[int | str | None] | None = None
+    if kind.HasField("shape"):
+        shape = [
+            (d.dim_value if d.dim_value > 0 else None)
+            if d.HasField("dim_value")
+            else (d.dim_param or None)
+            for d in kind.shape.dim
+        ]
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
+    return {"name": value.name, "dtype": dtype, "shape": shape}
+
+
+def describe(
+    job: Job,
+    model: onnx.ModelProto,
+    proof: Proof,
+    verdict: dict[str, str] | None,
+    time_stamp: int,
+    entries: dict[str, dict[str, Any]],
+) -> manifest.Manifest:
+    """The manifest of the bundle, its digest not yet added."""
+    target, settings = job.target, job.recipe.model
+    file = entries[manifest.MODEL]
+    return {
+        "schema": f"{manifest.FORMAT}/{manifest.MAJOR}",
+        "name": settings.name,
+        "version": settings.version,
+        "target": target.name,
+        "sequence": 0,
+        "source_date_epoch": time_stamp,
+        "signature": None,
+        "device": {"arch": target.device.arch, "isa": list(target.device.isa)},
+        "compatible": list(target.device.compatible),
+        "runtime": {
+            "name": "onnxruntime",
+            "exact": proof.made_with["runtime"],
+            **version_range(proof.made_with["runtime"]),
+            "provider": target.runtime.provider,
+            "provider_options": dict(target.runtime.provider_options),
+            "threads": target.runtime.threads,
+            "session": dict(target.runtime.session),
+            "operators": operators(model),
+        },
+        "model": {
+            "path": manifest.MODEL,
+            "sha256": file["sha256"],
+            "bytes": file["size"],
+            "opset": {domain_name(o.domain): o.version for o in model.opset_import},
+            "ir_version": model.ir_version,
+            "inputs": [value_facts(v) for v in models.real_inputs(model)],
+            "outputs": [value_facts(v) for v in model.graph.output],
+            "quantization": quantization(job.reports.get("quantize")),
+        },
+        "golden": {
+            "inputs": manifest.GOLDEN_INPUTS,
+            "outputs": manifest.GOLDEN_OUTPUTS,
+            "count": len(proof.feeds),
+            "tolerances": proof.tolerances,
+            "made_with": proof.made_with,
+            "reason": proof.reason,
+        },
+        "limits": limits(job),
+        "gate": verdict,
+        "files": list(entries.values()),
+    }
+
+
+def version_range(version: str) -> dict[str, str]:
+    """The runtimes a device may use: nothing older than proven, nothing of the next major."""
+    major, minor = version.split(".")[:2]
+    return {"min": f"{major}.{minor}", "max": f"<{int(major) + 1}"}
+
+
+def quantization(report: Report | None) -> dict[str, Any] | None:
+    """What the quantize stage reports of the model, as plain facts."""
+    if not report or not report.get("scheme"):
+        return None
+    placement = report.get("placement", [])
+    runs_as = [row.get("runs_as") for row in placement]
+    scope = report.get("scope")
+    return {
+        "scheme": {
+            key: value
+            for key, value in report["scheme"].items()
+            if value is None or isinstance(value, (str, int, float, bool))
+        },
+        "scope": scope if scope is None or isinstance(scope, str) else ", ".join(scope),
+        "int8_nodes": runs_as.count("int8"),
+        "float_nodes": runs_as.count("float"),
+    }
+
+
+def limits(job: Job) -> dict[str, Any]:
+    """What the device may give the model: budgets of profile and recipe, never measurements."""
+    budget, wanted = job.target.budget, job.recipe.gate
+
+    def lower(a: float | None, b: float | None) -> float | None:
+        return min((v for v in (a, b) if v is not None), default=None)
+
+    return {
+        "max_threads": job.target.runtime.threads,
+        "timeout_s": int(RUN_TIMEOUT_S),
+        "max_memory_bytes": lower(budget.max_peak_memory_bytes, wanted.max_peak_memory_bytes),
+        "max_model_bytes": lower(budget.max_size_bytes, wanted.max_size_bytes),
+        "max_latency_ms": lower(budget.max_latency_ms, wanted.max_latency_ms),
+    }

@@ -1,0 +1,210 @@
+"""The bundle's manifest: what it says, how it is spelt, how it is checked.
+
+`schema/manifest.schema.json` is the format (JSON Schema 2020-12). Reading assumes an enemy:
+size, nesting, duplicate keys, number range, canonical form and digest are checked before the
+schema, and what the schema cannot say after it.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import rfc8785
+from jsonschema import Draft202012Validator
+
+from edgewright.bundle.tarball import paths_fault
+from edgewright.errors import BadInput, IntegrityError
+
+Manifest = dict[str, Any]
+
+FORMAT = "edgewright-bundle"
+MAJOR = 1
+PATH = "manifest.json"
+MODEL = "model/model.onnx"
+GOLDEN_INPUTS = "model/golden/in.npz"
+GOLDEN_OUTPUTS = "model/golden/out.npz"
+LOCK = "runtime/lock.txt"
+OPERATORS = "runtime/required_operators.config"
+GATE_REPORT = "report/gate.json"
+
+# Places kept for what later versions add. The signature is the second member, right after the
+# manifest it signs, so that a device refuses before it reads on; it is not in `files`, for it
+# signs them. All others are ordinary files.
+SIGNATURE = "manifest.dsse.json"
+SBOM = "sbom.cdx.json"
+PROVENANCE = "provenance.intoto.json"
+LICENSES = "LICENSES/"
+RUNNER = "bin/"
+BENCHMARK = "report/bench.json"
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 16
+SCHEMA: dict[str, Any] = json.loads(
+    (Path(__file__).parent / "schema" / "manifest.schema.json").read_text("utf-8")
+)
+# A whole string, closed or not, or one bracket: linear in the input, whatever the input.
+TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+
+
+def canonical(value: Any) -> bytes:
+    """RFC 8785 bytes; BadInput where JSON has no spelling for a value."""
+    try:
+        return rfc8785.dumps(value)
+    except rfc8785.CanonicalizationError as error:
+        raise BadInput("the bundle cannot hold this value", found=str(error)) from None
+
+
+def digest(manifest: Manifest) -> str:
+    """SHA-256 of the manifest in canonical form without its own `digest`."""
+    rest = {k: v for k, v in manifest.items() if k != "digest"}
+    return hashlib.sha256(canonical(rest)).hexdigest()
+
+
+def dump(manifest: Manifest) -> bytes:
+    """The bytes of a manifest, digest added; BadInput where it breaks its own format."""
+    whole = {**manifest, "digest": digest(manifest)}
+    if fault := manifest_fault(whole):
+        raise BadInput(
+            "this build does not fit the bundle format",
+            found=fault,
+            hint="change the name or value it speaks of, in the model, recipe or profile",
+        )
+    data = canonical(whole)
+    if len(data) > MAX_BYTES:
+        raise BadInput(
+            "the manifest is too long", expected=f"{MAX_BYTES} bytes", found=str(len(data))
+        )
+    return data
+
+
+def check(data: bytes) -> Manifest:
+    """The manifest in these bytes, after every check that needs nothing but them.
+
+    IntegrityError where it is not what this module writes; BadInput for another major format.
+    """
+    if len(data) > MAX_BYTES:
+        refuse(f"at most {MAX_BYTES} bytes", str(len(data)))
+    if depth(data) > MAX_DEPTH:
+        refuse(f"at most {MAX_DEPTH} levels of nesting", "more")
+    try:
+        value = json.loads(data, object_pairs_hook=unique, parse_constant=not_a_number)
+        again = rfc8785.dumps(value)
+    except (ValueError, OverflowError) as error:
+        refuse("canonical JSON (RFC 8785)", " ".join(str(error).split())[:200])
+    if again != data:
+        refuse("canonical JSON (RFC 8785)", "another spelling")
+    if not isinstance(value, dict):
+        refuse("a JSON object", type(value).__name__)
+    if isinstance(value.get("digest"), str) and value["digest"] != digest(value):
+        refuse("the digest it states", "other content")
+    check_major(value.get("schema"))
+    if fault := manifest_fault(value):
+        refuse(f"the format {FORMAT}/{MAJOR}", fault)
+    return value
+
+
+def refuse(expected: str, found: str) -> NoReturn:
+    raise IntegrityError(
+        "the bundle's manifest is refused",
+        expected=expected,
+        found=found,
+        hint="fetch the bundle again, from the source you trust",
+    )
+
+
+def depth(data: bytes) -> int:
+    """Deepest nesting of brackets outside strings, at most one above the limit."""
+    now = deepest = 0
+    for token in TOKEN.finditer(data):
+        if token[0] in (b"[", b"{"):
+            now += 1
+            deepest = max(deepest, now)
+            if deepest > MAX_DEPTH:
+                break
+        elif token[0] in (b"]", b"}"):
+            now -= 1
+    return deepest
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key appears twice."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return value
+
+
+def not_a_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def check_major(schema: Any) -> None:
+    """Refuse other formats by name, so that a device that is too old says so."""
+    stated = re.fullmatch(rf"{FORMAT}/([0-9]{{1,9}})", schema) if isinstance(schema, str) else None
+    if stated is not None and int(stated[1]) != MAJOR:
+        raise BadInput(
+            "this bundle has another format",
+            expected=f"{FORMAT}/{MAJOR}",
+            found=stated[0],
+            hint="install the edgewright version that wrote the bundle, or build it again",
+        )
+
+
+def manifest_fault(manifest: Manifest) -> str:
+    """The first thing that is wrong with the content; empty where nothing is."""
+    # Before the schema: in Python's patterns `$` lets a line break at the end pass.
+    for text in texts(manifest):
+        if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text):
+            return f"a control character in {text[:80]!r}"
+    first = next(Draft202012Validator(SCHEMA).iter_errors(manifest), None)
+    if first is not None:
+        where = ".".join(str(part)[:80] for part in first.absolute_path) or "manifest"
+        return f"{where}: {ascii(first.message)[1:-1][:200]}"
+    return files_fault(manifest)
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All strings and keys of a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from texts(item)
+
+
+def files_fault(manifest: Manifest) -> str:
+    """What is wrong between the list of files and the rest of the manifest."""
+    files = {entry["path"]: entry for entry in manifest["files"]}
+    paths = [entry["path"] for entry in manifest["files"]]
+    if fault := paths_fault([PATH, SIGNATURE, *paths]):
+        return f"files: {fault}"
+    if paths != sorted(paths):
+        return "files: not sorted by path"
+    model, golden, gate = manifest["model"], manifest["golden"], manifest["gate"]
+    named = [model["path"], golden["inputs"], golden["outputs"]]
+    if gate is not None:
+        named.append(gate["report"])
+    for path in named:
+        if path not in files:
+            return f"files: {path!r} is used but not listed"
+    if len(set(named)) != len(named):
+        return "files: one file has two uses"
+    entry = files[model["path"]]
+    if (entry["sha256"], entry["size"]) != (model["sha256"], model["bytes"]):
+        return "model: digest or size differs from the list of files"
+    if [t["output"] for t in golden["tolerances"]] != [o["name"] for o in model["outputs"]]:
+        return "golden: tolerances are not those of the model's outputs"
+    for key in ("inputs", "outputs"):
+        names = [value["name"] for value in model[key]]
+        if len(set(names)) != len(names):
+            return f"model: two {key} have one name"
+    if manifest["runtime"]["threads"] > manifest["limits"]["max_threads"]:
+        return "runtime: more threads than the limits allow"
+    return ""

@@ -1,0 +1,1 @@
+"""What runs where a bundle arrives: verify it, unpack it, prove it. Nothing is trusted before."""

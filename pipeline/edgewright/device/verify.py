@@ -1,0 +1,176 @@
+"""Verifying and unpacking a bundle, in one pass over its bytes and in bounded memory.
+
+The manifest comes first and is checked whole; then every member must be the next one it lists,
+with that size, mode and digest. No model, archive of arrays or other content is parsed here.
+"""
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from edgewright.bundle import manifest, tarball
+from edgewright.bundle.manifest import Manifest
+from edgewright.errors import BadInput, IntegrityError, UsageError, from_os_error
+
+Sink = Callable[[str, int], AbstractContextManager[BinaryIO | None]]  # path, mode -> file
+
+
+def verify(bundle: Path) -> Manifest:
+    """The manifest of a bundle that is whole and holds exactly what it lists.
+
+    IntegrityError for anything else, BadInput where there is no such file. A manifest whose
+    "signature" is null says nothing about who made the bundle.
+    """
+    with open_bundle(bundle) as stream, naming(bundle):
+        return walk(stream, lambda path, mode: nullcontext())
+
+
+def extract(bundle: Path, folder: Path) -> Manifest:
+    """Unpack into the new folder `folder`, verifying every byte on its way; the manifest.
+
+    Nothing remains after an error. The folder must not exist, its parent must.
+    """
+    with open_bundle(bundle) as stream, naming(bundle):
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            raise UsageError(
+                f"{folder} exists", expected="a new folder to unpack into", hint="name another one"
+            ) from None
+        try:
+            return walk(stream, lambda path, mode: new_file(folder, path, mode))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def naming(bundle: Path) -> Iterator[None]:
+    """Put the bundle's path before what is wrong inside it; a message for a full disk too."""
+    try:
+        yield
+    except (IntegrityError, BadInput) as error:
+        raise type(error)(f"{bundle}: {error}") from None
+    except OSError as error:
+        raise from_os_error(error, f"reading or unpacking {bundle}") from None
+
+
+def open_bundle(path: Path) -> BinaryIO:
+    """The bundle for reading; BadInput unless it is a regular file."""
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise BadInput(f"bundle not found: {path}", hint="check the path") from None
+    except OSError as error:
+        raise from_os_error(error, "opening the bundle") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadInput(f"bundle {path}", expected="a regular file", found="something else")
+    return os.fdopen(descriptor, "rb")
+
+
+def walk(stream: BinaryIO, sink: Sink) -> Manifest:
+    """Check all members in order and hand their content to files that `sink` opens."""
+    first = tarball.read_member(stream)
+    if first is None or first.path != manifest.PATH:
+        raise IntegrityError(
+            "not a bundle",
+            expected=f"{manifest.PATH} as its first member",
+            found=repr(first.path) if first else "an empty archive",
+        )
+    if first.size > manifest.MAX_BYTES or first.mode != 0o644:
+        raise IntegrityError(
+            "the bundle's manifest is refused",
+            expected=f"mode 0644 and at most {manifest.MAX_BYTES} bytes",
+            found=f"mode {first.mode:04o}, {first.size} bytes",
+        )
+    data = b"".join(tarball.read_content(stream, first))
+    content = manifest.check(data)
+    time_stamp = content["source_date_epoch"]
+    check_time(first, time_stamp)
+    with sink(first.path, first.mode) as file:
+        if file is not None:
+            file.write(data)
+    listed = {entry["path"] for entry in content["files"]}
+    for entry in content["files"]:
+        member = tarball.read_member(stream)
+        if member is None:
+            raise IntegrityError("the bundle lacks a listed file", expected=repr(entry["path"]))
+        check_member(member, entry, listed)
+        check_time(member, time_stamp)
+        whole = hashlib.sha256()
+        with sink(member.path, member.mode) as file:
+            for block in tarball.read_content(stream, member):
+                whole.update(block)
+                if file is not None:
+                    file.write(block)
+        if whole.hexdigest() != entry["sha256"]:
+            raise IntegrityError(
+                f"{member.path} in the bundle is not what the manifest lists",
+                expected=f"SHA-256 {entry['sha256']}",
+                found=whole.hexdigest(),
+                hint="fetch the bundle again, from the source you trust",
+            )
+    if (extra := tarball.read_member(stream)) is not None:
+        raise IntegrityError("a file that the manifest does not list", found=repr(extra.path))
+    return content
+
+
+def check_member(member: tarball.Member, entry: dict[str, object], listed: set[str]) -> None:
+    """The header against its line in the manifest."""
+    if member.path != entry["path"]:
+        if member.path not in listed:
+            raise IntegrityError("a file that the manifest does not list", found=repr(member.path))
+        raise IntegrityError(
+            "a bundle's members follow its manifest",
+            expected=repr(entry["path"]),
+            found=repr(member.path),
+        )
+    if member.size != entry["size"]:
+        raise IntegrityError(
+            f"size of {member.path} in the bundle",
+            expected=f"{entry['size']} bytes",
+            found=str(member.size),
+        )
+    if f"{member.mode:04o}" != entry["mode"]:
+        raise IntegrityError(
+            f"mode of {member.path} in the bundle",
+            expected=str(entry["mode"]),
+            found=f"{member.mode:04o}",
+        )
+
+
+def check_time(member: tarball.Member, time_stamp: int) -> None:
+    """One time stamp for all, so that the manifest fixes every byte of the archive."""
+    if member.mtime != time_stamp:
+        raise IntegrityError(
+            f"time stamp of {member.path} in the bundle",
+            expected=str(time_stamp),
+            found=str(member.mtime),
+        )
+
+
+def new_file(folder: Path, path: str, mode: int) -> AbstractContextManager[BinaryIO]:
+    """A file that did not exist before, opened below `folder` without following any link."""
+    *parts, name = path.split("/")
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    here = os.open(folder, flags)
+    try:
+        for part in parts:
+            with suppress(FileExistsError):  # made for a file before, or refused by the next line
+                os.mkdir(part, 0o700, dir_fd=here)
+            inner = os.open(part, flags, dir_fd=here)
+            os.close(here)
+            here = inner
+        create = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(name, create, 0o600, dir_fd=here)
+        os.fchmod(descriptor, mode)
+    finally:
+        os.close(here)
+    return os.fdopen(descriptor, "wb")
