@@ -146,8 +146,9 @@ class Session:
             )
         if code == -signal.SIGKILL:
             return EnvironmentMissing(
-                f"the process running {self.name} was killed", found="SIGKILL, as the system "
-                "does when memory runs out", hint="free memory or use a smaller input"
+                f"the process running {self.name} was killed",
+                found="SIGKILL, as the system does when memory runs out",
+                hint="free memory or use a smaller input",
             )
         if code < 0:
             return EnvironmentMissing(

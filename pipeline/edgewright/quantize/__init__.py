@@ -1,0 +1,209 @@
+"""quantize: static int8 QDQ from calibration data, where it pays and the metric allows.
+
+Calibration, range choice, corrections, placement and writing are files of their own; data
+passes between them, and only `write` makes an int8 graph.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from edgewright import model as graph
+from edgewright.data import Feed, samples
+from edgewright.metric import Metric, has_metric
+from edgewright.quantize import audit, build, fidelity, placement, rollback
+from edgewright.quantize.calibrate import collect
+from edgewright.quantize.layers import find_layers
+from edgewright.quantize.response import responses
+from edgewright.runtime.local import open_local
+from edgewright.runtime.timing import cpu_ratio
+from edgewright.stage import Job, Report
+
+HELD_SAMPLES = 12
+MUST_PAY = 0.97  # int8 that is not clearly faster is not worth what it costs the metric
+
+
+def run(job: Job) -> Report:
+    """The stage: an int8 model, or the float one with the reason."""
+    source, scheme, settings = job.input_model(), job.target.int8, job.recipe.quantize
+    if settings.scope == "off":
+        return stay_float(job, "the recipe says scope = 'off'")
+    if scheme.style == "none":
+        return stay_float(job, f"target {job.target.name} has no int8 kernels worth using")
+    model = graph.load(source)
+    plan = placement.choose(model, settings)
+    if not any(n.op_type in placement.CORE for n in model.graph.node if n.name in plan.nodes):
+        return stay_float(job, "no layer of the model has an int8 kernel here", plan.reasons)
+    ingredients = prepare(job, model, plan)
+    quantized: onnx.ModelProto | None
+    quantized, kept, tried = build.adjust(ingredients, plan, job.tell)
+    choices: list[dict[str, Any]] = [{"step": "correction", **t} for t in tried]
+    if has_metric(job.recipe) and job.recipe.gate.min_retained and settings.scope == "auto":
+        plan, quantized, asked = hold_metric(job, source, ingredients, plan, kept, quantized)
+        choices += asked
+    if quantized is None:
+        reason = "no int8 placement keeps the metric at the recipe's min_retained"
+        return stay_float(job, reason, plan.reasons, choices)
+    if settings.scope == "auto" and job.target.run.how == "local":
+        ratio = cpu_ratio(quantized, source, ingredients.held[:4])
+        choices.append({"step": "pay", "cpu_ratio": round(ratio, 2)})
+        if ratio > MUST_PAY:
+            reason = f"int8 does not pay on this target: {ratio:.2f} of the float model's time"
+            return stay_float(job, reason, plan.reasons, choices)
+    graph.save(quantized, job.output_model())
+    figures, strays = audit.audit(job.output_model(), list(plan.nodes), job.target, job.folder)
+    return report(job, model, plan, figures, strays, choices, ingredients, quantized)
+
+
+def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> build.Ingredients:
+    """Calibrate, and choose ranges and scales."""
+    specs = graph.input_specs(model)
+    limit = job.recipe.quantize.max_samples
+    floats = placement.float_tensors(model)
+    wanted = set(plan.nodes)
+    touched = [
+        t
+        for n in model.graph.node
+        if n.name in wanted
+        for t in [*n.input, *n.output]
+        if t in floats and t not in graph.initializers(model.graph)
+    ]
+    statistics = collect(
+        model,
+        list(dict.fromkeys(touched)),
+        lambda: samples(job.recipe, specs, limit),
+        job.tell,
+        threads=2,
+    )
+    table = responses(model, list(statistics), statistics)
+    scheme = job.target.int8
+    fit, held = split(list(samples(job.recipe, specs, build.FIT_SAMPLES + HELD_SAMPLES)))
+    judged = fidelity.judged_tensors(model)
+    return build.Ingredients(
+        model=model,
+        scheme=scheme,
+        settings=job.recipe.quantize,
+        statistics=statistics,
+        ranges=build.activation_ranges(statistics, table, scheme, job.recipe.quantize),
+        fit=fit,
+        held=held,
+        judged=judged,
+        reference=fidelity.values_of(model, judged, held),
+        weights=build.weight_scales(model, find_layers(model, plan.nodes), scheme),
+    )
+
+
+def split(feeds: list[Feed]) -> tuple[list[Feed], list[Feed]]:
+    """Feeds to fit corrections on and feeds to judge them by; every fourth is held out.
+
+    With fewer than four samples both are all there is.
+    """
+    if len(feeds) < 4:
+        return feeds, feeds
+    held = feeds[3::4][:HELD_SAMPLES]
+    return [f for k, f in enumerate(feeds) if k % 4 != 3][: build.FIT_SAMPLES], held
+
+
+def hold_metric(
+    job: Job,
+    source: Path,
+    ingredients: build.Ingredients,
+    plan: placement.Placement,
+    corrections: list[str],
+    quantized: onnx.ModelProto,
+) -> tuple[placement.Placement, onnx.ModelProto | None, list[dict[str, Any]]]:
+    """Ask the metric; roll regions back to float until it holds.
+
+    Wanted is half of the loss that the recipe allows: the evaluation set is a sample, and the
+    other half is kept for the data it does not show.
+    """
+    metric = Metric(job.recipe)
+    wanted = (1 + (job.recipe.gate.min_retained or 0.0)) / 2
+    job.tell("metric of the float model", 0, 0)
+    original = metric.score(open_local(source, threads=2).run)
+
+    def retained(model: onnx.ModelProto) -> float:
+        job.tell("metric of the int8 model", 0, 0)
+        score = metric.score(open_local(model.SerializeToString(), threads=2).run)
+        return metric.retained(score, original)
+
+    share = retained(quantized)
+    choices: list[dict[str, Any]] = [
+        {"step": "metric", "regions_in_float": 0, "retained": round(share, 5), "wanted": wanted}
+    ]
+    if share >= wanted:
+        return plan, quantized, choices
+    plan, model, tried = rollback.roll_back(
+        ingredients, plan, corrections, retained, wanted, job.tell
+    )
+    return plan, model, choices + [{"step": "rollback", **t} for t in tried]
+
+
+def report(
+    job: Job,
+    model: onnx.ModelProto,
+    plan: placement.Placement,
+    figures: dict[str, Any],
+    strays: list[dict[str, str]],
+    choices: list[dict[str, Any]],
+    ingredients: build.Ingredients,
+    quantized: onnx.ModelProto,
+) -> Report:
+    """What was done, node by node."""
+    scheme = job.target.int8
+    chosen, unfused = set(plan.nodes), {s["node"]: s["reason"] for s in strays}
+    rows = []
+    for node in graph.all_nodes(model.graph):
+        if node.name in chosen and node.name not in unfused:
+            rows.append({"node": node.name, "op": node.op_type, "runs_as": "int8", "reason": ""})
+        elif node.name in unfused or node.name in plan.reasons:
+            reason = unfused.get(node.name) or plan.reasons[node.name]
+            rows.append(
+                {"node": node.name, "op": node.op_type, "runs_as": "float", "reason": reason}
+            )
+    notes = [
+        {"level": "warning", "text": f"{s['op']} '{s['node']}': {s['reason']}"} for s in strays
+    ]
+    return {
+        "notes": notes,
+        "scope": job.recipe.quantize.scope,
+        "stayed_float": False,
+        "scheme": {
+            "activations": scheme.activations,
+            "weights": scheme.weights,
+            "per_channel": scheme.per_channel,
+            "symmetric_activations": scheme.symmetric_activations,
+            "ranges": job.recipe.quantize.ranges,
+            "calibration_samples": max(s.samples for s in ingredients.statistics.values()),
+        },
+        "sqnr_db": round(build.judge(ingredients, quantized), 2),
+        "placement": rows,
+        "audit": figures,
+        "choices": choices,
+        "model": graph.summary(job.output_model()),
+    }
+
+
+def stay_float(
+    job: Job,
+    reason: str,
+    reasons: dict[str, str] | None = None,
+    choices: list[dict[str, Any]] | None = None,
+) -> Report:
+    """Pass the model on as it is, saying why."""
+    shutil.copyfile(job.input_model(), job.output_model())
+    rows = [
+        {"node": n, "op": "", "runs_as": "float", "reason": r} for n, r in (reasons or {}).items()
+    ]
+    return {
+        "notes": [{"level": "warning", "text": f"the model stays float: {reason}"}],
+        "scope": job.recipe.quantize.scope,
+        "stayed_float": True,
+        "reason": reason,
+        "placement": rows,
+        "audit": None,
+        "choices": choices or [],
+        "model": graph.summary(job.output_model()),
+    }

@@ -1,0 +1,203 @@
+"""From a placement to an int8 model: ranges, weight scales, corrections, writing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from edgewright.data import Feed
+from edgewright.errors import BadInput
+from edgewright.model import initializers
+from edgewright.quantize import correct, fidelity, layers, ranges, rounding
+from edgewright.quantize.calibrate import Statistics
+from edgewright.quantize.placement import Placement
+from edgewright.quantize.scales import ActivationRange, WeightScales
+from edgewright.quantize.write import write_qdq
+from edgewright.recipe import QuantizeSettings
+from edgewright.target import Int8Scheme
+
+FLOAT_OUTPUTS = ("MatMul", "Gemm")
+FIT_SAMPLES = 32
+LIVE_BYTES = 192 << 20  # activations held for bias correction, all samples together
+ALIVE = 3  # tensors of the largest size that are alive at one place of a graph, by experience
+WORSE_DB = 0.1  # a correction must gain more than this on held-out inputs to be kept
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass
+class Ingredients:
+    """All that writing an int8 model needs, beside the choice of nodes.
+
+    model: the float model whose weights and biases may be adjusted. fit, held: calibration
+    feeds to compute corrections from, and others to judge them on. judged: the tensors compared
+    there; reference: their values in the float model.
+    """
+
+    model: onnx.ModelProto
+    scheme: Int8Scheme
+    settings: QuantizeSettings
+    statistics: dict[str, Statistics]
+    ranges: dict[str, ActivationRange]
+    fit: list[Feed]
+    held: list[Feed]
+    judged: list[str]
+    reference: list[list[np.ndarray]]
+    weights: dict[str, WeightScales] = field(default_factory=dict)
+
+
+def activation_ranges(
+    statistics: dict[str, Statistics],
+    responses: dict[str, np.ndarray],
+    scheme: Int8Scheme,
+    settings: QuantizeSettings,
+) -> dict[str, ActivationRange]:
+    """The int8 range of every tensor with statistics."""
+    found = {}
+    for name, s in statistics.items():
+        if s.samples == 0:
+            continue
+        low, high = ranges.choose(
+            s,
+            settings.ranges,
+            settings.percentile,
+            scheme.symmetric_activations,
+            responses.get(name),
+        )
+        found[name] = (float(low), float(high) if high > low else float(low) + 1e-6)
+    return found
+
+
+def weight_scales(
+    model: onnx.ModelProto, found: list[layers.Layer], scheme: Int8Scheme
+) -> dict[str, WeightScales]:
+    """Symmetric scales of the layers' weights from their peaks, per channel where asked."""
+    stored = initializers(model.graph)
+    scales = {}
+    for layer in found:
+        weight = numpy_helper.to_array(stored[layer.weight])
+        limit = rounding.QMAX // 2 if scheme.saturates else rounding.QMAX
+        if scheme.per_channel:
+            peak = np.abs(layer.matrix(weight)).max(axis=2).reshape(-1)
+            axis: int | None = layer.channel_axis
+        else:
+            peak, axis = np.abs(weight).max().reshape(1), None
+        values = np.where(peak > 0, peak, limit) / limit
+        scales[layer.weight] = WeightScales(axis, values.astype(np.float32))
+    return scales
+
+
+def write(ingredients: Ingredients, placement: Placement) -> onnx.ModelProto:
+    """The int8 model for a placement."""
+    wanted = set(placement.nodes)
+    used = {i for n in ingredients.model.graph.node if n.name in wanted for i in n.input}
+    return write_qdq(
+        ingredients.model,
+        ingredients.scheme,
+        list(placement.nodes),
+        ingredients.ranges,
+        {k: v for k, v in ingredients.weights.items() if k in used},
+        FLOAT_OUTPUTS,
+    )
+
+
+def judge(ingredients: Ingredients, quantized: onnx.ModelProto) -> float:
+    """SQNR in dB of an int8 model against the original on held-out inputs."""
+    values = fidelity.values_of(quantized, ingredients.judged, ingredients.held)
+    return fidelity.sqnr_db(ingredients.reference, values)
+
+
+def adjust(
+    ingredients: Ingredients, placement: Placement, tell: Tell
+) -> tuple[onnx.ModelProto, list[str], list[dict[str, object]]]:
+    """The int8 model with each correction that helps on held-out inputs.
+
+    Returns the model, the names of the corrections kept, and what was tried: {"correction",
+    "sqnr_db_before", "sqnr_db_after", "kept"}. The ingredients stay as they are.
+    """
+    best = write(ingredients, placement)
+    score = judge(ingredients, best)
+    kept: list[str] = []
+    tried: list[dict[str, object]] = []
+    for name in CORRECTIONS if ingredients.settings.bias_correction else ():
+        try:
+            changed = corrected(ingredients, placement, [name], tell)
+            candidate = write(changed, placement)
+            after = judge(ingredients, candidate)
+        except (BadInput, np.linalg.LinAlgError) as error:
+            tried.append({"correction": name, "kept": False, "reason": str(error)[:300]})
+            continue
+        tried.append(
+            {
+                "correction": name,
+                "sqnr_db_before": round(score, 2),
+                "sqnr_db_after": round(after, 2),
+                "kept": after > score + WORSE_DB,
+            }
+        )
+        if after > score + WORSE_DB:
+            best, score, kept = candidate, after, [name]
+    return best, kept, tried
+
+
+def corrected(
+    ingredients: Ingredients, placement: Placement, names: list[str], tell: Tell
+) -> Ingredients:
+    """A copy of the ingredients with the named corrections applied for this placement."""
+    changed = copy_of(ingredients)
+    for name in names:
+        CORRECTIONS[name](changed, placement, tell)
+    return changed
+
+
+def copy_of(ingredients: Ingredients) -> Ingredients:
+    """The same with a model of its own."""
+    model = onnx.ModelProto()
+    model.CopyFrom(ingredients.model)
+    return Ingredients(**{**vars(ingredients), "model": model})
+
+
+def correct_biases(ingredients: Ingredients, placement: Placement, tell: Tell) -> None:
+    """Sequential bias correction on the ingredients' model, in place."""
+    found, _ = correct.find_biases(ingredients.model, placement.nodes)
+    quantized = write(ingredients, placement)
+    largest = max(s.size for s in ingredients.statistics.values()) * 4
+    room = max(4, LIVE_BYTES // (ALIVE * largest))
+    few = ingredients.fit[:room]
+    correct.correct_biases(ingredients.model, quantized, found, lambda: iter(few), tell)
+
+
+def round_weights(ingredients: Ingredients, placement: Placement, tell: Tell) -> None:
+    """Round each layer's weights by its output error, then correct biases; in place.
+
+    Only layers whose bias can take the mean shift: the moments are centred. The rounded
+    weights lie on the int8 grid, so the writer's rounding to nearest keeps them.
+    """
+    found, _ = correct.find_biases(ingredients.model, placement.nodes)
+    with_bias = {b.node for b in found}
+    chosen = [
+        la
+        for la in layers.find_layers(ingredients.model, placement.nodes)
+        if la.node in with_bias and la.weight in ingredients.weights
+    ]
+    moments = layers.input_moments(ingredients.model, chosen, lambda: iter(ingredients.fit), tell)
+    stored = initializers(ingredients.model.graph)
+    for k, layer in enumerate(chosen):
+        tell("rounding weights", k, len(chosen))
+        if layer.node not in moments:
+            continue
+        weight = numpy_helper.to_array(stored[layer.weight])
+        matrix = layer.matrix(weight)
+        values = ingredients.weights[layer.weight].values.astype(np.float64)
+        scale = np.broadcast_to(values.reshape(layer.groups, -1), matrix.shape[:2])
+        codes = rounding.round_by_output(matrix, scale, moments[layer.node])
+        rounded = layer.stored(codes * scale[..., None], weight).astype(np.float32)
+        stored[layer.weight].CopyFrom(numpy_helper.from_array(rounded, layer.weight))
+    correct_biases(ingredients, placement, tell)
+
+
+CORRECTIONS: dict[str, Callable[[Ingredients, Placement, Tell], None]] = {
+    "bias correction": correct_biases,
+    "rounding by output error, then bias correction": round_weights,
+}

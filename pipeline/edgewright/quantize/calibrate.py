@@ -1,0 +1,165 @@
+"""Statistics of activations over calibration data: one streaming pass, bounded memory.
+
+Per tensor the pass keeps the exact extrema and a histogram of fixed size. A histogram covers
+[-2**e, 2**e] with BINS bins of equal width; when a value falls outside, e grows and
+neighbouring bins are merged pair by pair, which is exact: the result does not depend on the
+order or grouping of the samples, and two histograms can be added.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from edgewright.data import Feed
+from edgewright.errors import BadInput
+from edgewright.runtime.local import Local, open_local
+
+BINS = 4096  # 16 bins per int8 step when the whole range is used
+FETCH_BYTES = 128 << 20  # tensors fetched from one run
+SUBSAMPLE = 1 << 16  # elements of one tensor and sample that enter its histogram at most
+TINY = -100  # smallest exponent: below 2**-100 everything is zero for int8
+
+
+@dataclass
+class Statistics:
+    """What calibration knows of one tensor.
+
+    low, high: extrema over all samples. exponent, counts: the histogram. samples: how many
+    samples had values there. size: elements of the largest sample.
+    """
+
+    low: float = np.inf
+    high: float = -np.inf
+    exponent: int = TINY
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    samples: int = 0
+    size: int = 0
+
+    def add(self, value: np.ndarray) -> None:
+        """Take in one sample's values (float, all finite)."""
+        if value.size == 0:
+            return
+        low, high = float(value.min()), float(value.max())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.samples += 1
+        self.size = max(self.size, value.size)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self.low, self.high = -math.inf, math.inf  # told apart by `take`
+            return
+        self.widen(max(abs(low), abs(high)))
+        flat = value.reshape(-1)
+        stride = -(-flat.size // SUBSAMPLE)
+        if stride > 1:
+            stride += 1 - stride % 2  # odd: does not stay in step with even-sized rows
+            flat = flat[self.samples % stride :: stride]
+        # One multiplication by a power of two and one cut: no rounding decides a bin.
+        position = flat.astype(np.float32) * np.float32(2.0**-self.exponent * (BINS // 2))
+        index = np.floor(position).astype(np.int32) + BINS // 2
+        np.minimum(index, BINS - 1, out=index)  # the value 2**e itself
+        self.counts += np.bincount(index, minlength=BINS)
+
+    def widen(self, peak: float) -> None:
+        """Grow the covered range until it holds `peak`, merging bins pair by pair."""
+        if peak == 0:
+            return
+        wanted = max(int(np.ceil(np.log2(peak))), TINY)
+        while 2.0**wanted < peak:
+            wanted += 1
+        if not self.counts.any():
+            self.exponent = max(self.exponent, wanted)
+            return
+        while self.exponent < wanted:
+            half = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.zeros(BINS, np.int64)
+            self.counts[BINS // 4 : BINS // 4 + BINS // 2] = half
+            self.exponent += 1
+
+    def merge(self, other: "Statistics") -> None:
+        """Add the samples of another pass over the same tensor."""
+        if other.samples == 0:
+            return
+        self.widen(2.0**other.exponent)
+        grown = Statistics(exponent=other.exponent, counts=other.counts.copy())
+        grown.widen(2.0**self.exponent)
+        self.counts = self.counts + grown.counts
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.samples += other.samples
+        self.size = max(self.size, other.size)
+
+    def centers(self) -> np.ndarray:
+        """Mid-points of the bins."""
+        width = 2.0 ** (self.exponent + 1) / BINS
+        return (np.arange(BINS) - BINS // 2 + 0.5) * width
+
+
+def collect(
+    model: onnx.ModelProto,
+    tensors: list[str],
+    feeds: Callable[[], Iterable[Feed]],
+    tell: Callable[[str, int, int], None] = lambda text, done, total: None,
+    threads: int = 1,
+) -> dict[str, Statistics]:
+    """Statistics of the named float tensors of the main graph over all feeds.
+
+    Only FETCH_BYTES of activations are held at a time: where one sample needs more, the model
+    runs several times on it. Raises BadInput with sample index and tensor name for NaN or Inf.
+    """
+    session = open_local(expose(model, tensors).SerializeToString(), threads=threads)
+    inputs = {v.name for v in model.graph.input}
+    statistics = {name: Statistics() for name in tensors}
+    groups: list[list[str]] = []
+    for k, feed in enumerate(feeds()):
+        tell("calibrating", k, 0)
+        if not groups:
+            groups = fetch_groups(session, feed, [n for n in tensors if n not in inputs])
+        for name in tensors:
+            if name in inputs:
+                take(statistics[name], feed[name], name, k)
+        for group in groups:
+            for name, value in zip(group, session.run(feed, group), strict=True):
+                take(statistics[name], value, name, k)
+    return statistics
+
+
+def take(statistics: Statistics, value: np.ndarray, name: str, sample: int) -> None:
+    """Add one value, refusing what would poison the ranges."""
+    statistics.add(value)
+    if not (np.isfinite(statistics.low) and np.isfinite(statistics.high)) and value.size:
+        kind = "NaN" if np.isnan(value).any() else "Inf"
+        raise BadInput(
+            f"calibration sample {sample} makes tensor '{name}' of the model {kind}",
+            expected="finite values everywhere",
+            hint="remove that sample, or mend the model where the value arises",
+        )
+
+
+def fetch_groups(session: Local, feed: Feed, names: list[str]) -> list[list[str]]:
+    """Names in groups whose values together stay below FETCH_BYTES, judged on one sample."""
+    sizes: dict[str, int] = {}
+    for start in range(0, len(names), 16):
+        part = names[start : start + 16]
+        sizes |= {n: v.nbytes for n, v in zip(part, session.run(feed, part), strict=True)}
+    groups: list[list[str]] = [[]]
+    room = FETCH_BYTES
+    for name in names:
+        if sizes[name] > room and groups[-1]:
+            groups.append([])
+            room = FETCH_BYTES
+        groups[-1].append(name)
+        room -= sizes[name]
+    return [g for g in groups if g]
+
+
+def expose(model: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:
+    """A copy of the model whose outputs are the tensors (graph inputs left out)."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    inputs = {v.name for v in model.graph.input}
+    del copy.graph.output[:]
+    for name in tensors:
+        if name not in inputs:
+            copy.graph.output.add().name = name
+    return copy
