@@ -53,14 +53,16 @@ class QuantizeSettings:
 
     scope: auto = int8 where it pays and the metric allows; full = every node the runtime has
     an int8 kernel for; off = stay float; a list of patterns = only the nodes whose name or
-    operator type matches one (shell-style wildcards).
+    operator type matches one (shell-style wildcards). exclude: patterns of nodes to keep float.
+    corrections: try equalization, bias correction and rounding by output error, each kept only
+    where it helps. max_samples: calibration samples to use, 0 for all.
     """
 
     scope: Literal["auto", "full", "off"] | tuple[str, ...] = "auto"
     exclude: tuple[str, ...] = ()
     ranges: Literal["mse", "minmax", "percentile"] = "mse"
     percentile: float = 99.99
-    bias_correction: bool = True
+    corrections: bool = True
     max_samples: int = 0
 
 

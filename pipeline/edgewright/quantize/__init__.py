@@ -15,6 +15,7 @@ from edgewright.data import Feed, samples
 from edgewright.metric import Metric, has_metric
 from edgewright.quantize import audit, build, fidelity, placement, rollback
 from edgewright.quantize.calibrate import collect
+from edgewright.quantize.equalize import equalize
 from edgewright.quantize.layers import find_layers
 from edgewright.quantize.response import responses
 from edgewright.runtime.local import open_local
@@ -36,10 +37,10 @@ def run(job: Job) -> Report:
     plan = placement.choose(model, settings)
     if not any(n.op_type in placement.CORE for n in model.graph.node if n.name in plan.nodes):
         return stay_float(job, "no layer of the model has an int8 kernel here", plan.reasons)
-    ingredients = prepare(job, model, plan)
+    ingredients, compared = equalized(job, model, plan)
     quantized: onnx.ModelProto | None
     quantized, kept, tried = build.adjust(ingredients, plan, job.tell)
-    choices: list[dict[str, Any]] = [{"step": "correction", **t} for t in tried]
+    choices = compared + [{"step": "correction", **t} for t in tried]
     if has_metric(job.recipe) and job.recipe.gate.min_retained and settings.scope == "auto":
         plan, quantized, asked = hold_metric(job, source, ingredients, plan, kept, quantized)
         choices += asked
@@ -55,6 +56,37 @@ def run(job: Job) -> Report:
     graph.save(quantized, job.output_model())
     figures, strays = audit.audit(job.output_model(), list(plan.nodes), job.target, job.folder)
     return report(job, model, plan, figures, strays, choices, ingredients, quantized)
+
+
+def equalized(
+    job: Job, model: onnx.ModelProto, plan: placement.Placement
+) -> tuple[build.Ingredients, list[dict[str, Any]]]:
+    """The ingredients, of the equalized model where that is closer to the original."""
+    ingredients = prepare(job, model, plan)
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    specs, limit = graph.input_specs(model), job.recipe.quantize.max_samples
+    pairs = 0
+    if job.recipe.quantize.corrections:
+        pairs = equalize(changed, plan.nodes, lambda: samples(job.recipe, specs, limit))
+    if pairs == 0:
+        return ingredients, []
+    other = prepare(job, changed, plan)
+    before, after = (
+        build.judge(c, build.write(c, plan))
+        for c in (
+            build.corrected(i, plan, ["bias correction"], job.tell) for i in (ingredients, other)
+        )
+    )
+    kept = after > before + build.WORSE_DB
+    choice = {
+        "step": "equalization",
+        "pairs": pairs,
+        "sqnr_db_before": round(before, 2),
+        "sqnr_db_after": round(after, 2),
+        "kept": kept,
+    }
+    return other if kept else ingredients, [choice]
 
 
 def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> build.Ingredients:

@@ -120,7 +120,7 @@ def adjust(
     score = judge(ingredients, best)
     kept: list[str] = []
     tried: list[dict[str, object]] = []
-    for name in CORRECTIONS if ingredients.settings.bias_correction else ():
+    for name in CORRECTIONS if ingredients.settings.corrections else ():
         try:
             changed = corrected(ingredients, placement, [name], tell)
             candidate = write(changed, placement)
