@@ -212,6 +212,7 @@ def report(
         },
         "sqnr_db": round(build.judge(ingredients, quantized), 2),
         "placement": rows,
+        "tables": list(plan.tables),
         "audit": figures,
         "choices": choices,
         "model": graph.summary(job.output_model()),

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from edgewright.data import Feed
 from edgewright.errors import BadInput
 from edgewright.model import initializers
-from edgewright.quantize import correct, fidelity, layers, ranges, rounding
+from edgewright.quantize import correct, embeddings, fidelity, layers, ranges, rounding
 from edgewright.quantize.calibrate import Statistics
 from edgewright.quantize.placement import Placement
 from edgewright.quantize.scales import ActivationRange, WeightScales
@@ -23,6 +23,7 @@ FIT_SAMPLES = 32
 LIVE_BYTES = 192 << 20  # activations held for bias correction, all samples together
 ALIVE = 3  # tensors of the largest size that are alive at one place of a graph, by experience
 WORSE_DB = 0.1  # a correction must gain more than this on held-out inputs to be kept
+HOPELESS_DB = 1.0
 Tell = Callable[[str, int, int], None]
 
 
@@ -92,7 +93,7 @@ def write(ingredients: Ingredients, placement: Placement) -> onnx.ModelProto:
     """The int8 model for a placement."""
     wanted = set(placement.nodes)
     used = {i for n in ingredients.model.graph.node if n.name in wanted for i in n.input}
-    return write_qdq(
+    quantized = write_qdq(
         ingredients.model,
         ingredients.scheme,
         list(placement.nodes),
@@ -100,6 +101,8 @@ def write(ingredients: Ingredients, placement: Placement) -> onnx.ModelProto:
         {k: v for k, v in ingredients.weights.items() if k in used},
         FLOAT_OUTPUTS,
     )
+    embeddings.shrink(quantized, placement.tables)
+    return quantized
 
 
 def judge(ingredients: Ingredients, quantized: onnx.ModelProto) -> float:
@@ -138,6 +141,8 @@ def adjust(
         )
         if after > score + WORSE_DB:
             best, score, kept = candidate, after, [name]
+        elif after < score - HOPELESS_DB:
+            break  # the next correction ends with this one, and costs more
     return best, kept, tried
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx
 
 from edgewright.model import all_nodes, consumers, initializers
+from edgewright.quantize import embeddings
 from edgewright.recipe import QuantizeSettings
 
 CORE = ("Conv", "Gemm", "MatMul")
@@ -43,10 +44,14 @@ NO_KERNEL = {
 
 @dataclass(frozen=True)
 class Placement:
-    """nodes: names of the nodes to be int8, in graph order. reasons: why others stay float."""
+    """What becomes int8: nodes by name in graph order, embedding tables by tensor name.
+
+    reasons: why other nodes stay float.
+    """
 
     nodes: tuple[str, ...]
     reasons: dict[str, str]
+    tables: tuple[str, ...] = ()
 
     def without(self, names: Iterable[str], reason: str) -> "Placement":
         """The placement with some nodes back in float."""
@@ -54,6 +59,7 @@ class Placement:
         return Placement(
             tuple(n for n in self.nodes if n not in gone),
             self.reasons | {n: reason for n in self.nodes if n in gone},
+            self.tables,
         )
 
     def tidied(self, model: onnx.ModelProto) -> "Placement":
@@ -65,7 +71,7 @@ class Placement:
         grow(model, grown, reasons, allowed, full=False)
         for name in chosen - grown:
             reasons[name] = "no longer between int8 nodes"
-        return Placement(tuple(n for n in self.nodes if n in grown), reasons)
+        return Placement(tuple(n for n in self.nodes if n in grown), reasons, self.tables)
 
 
 def float_tensors(model: onnx.ModelProto) -> set[str]:
@@ -85,6 +91,9 @@ def choose(model: onnx.ModelProto, settings: QuantizeSettings) -> Placement:
     chosen: set[str] = set()
     for node in graph.node:
         why = core_reason(node, stored, floats)
+        product = node.op_type == "MatMul" and node.input[1] not in stored
+        if why is None and product and scope != "full":
+            why = "product of two activations: its float kernel is faster than its borders"
         if why is None and matches(node, settings.exclude):
             why = "excluded by the recipe"
         if why is None and not isinstance(scope, str) and not matches(node, scope):
@@ -102,7 +111,8 @@ def choose(model: onnx.ModelProto, settings: QuantizeSettings) -> Placement:
             reasons[node.name] = "inside a subgraph, which the int8 writer does not reach"
     for name in chosen:
         reasons.pop(name, None)
-    return Placement(tuple(n.name for n in graph.node if n.name in chosen), reasons)
+    tables = embeddings.find_tables(model) if scope in ("auto", "full") else []
+    return Placement(tuple(n.name for n in graph.node if n.name in chosen), reasons, tuple(tables))
 
 
 def matches(node: onnx.NodeProto, patterns: tuple[str, ...]) -> bool:
