@@ -43,7 +43,7 @@ NEEDED_OPSET = 13  # per-channel quantization, and the form of operators the pas
 MIN_SQNR_DB = 80.0
 MAX_RELATIVE = 1e-4
 EQUAL_DB = 200.0
-MIN_IR_VERSION = 4  # the first in which stored tensors need not be inputs
+MIN_IR_VERSION = 8  # that of operator set 17; from 4 on stored tensors need not be inputs
 
 Outputs = list[list[np.ndarray]]
 
@@ -123,7 +123,7 @@ def run(job: Job) -> Report:
     feeds = list(samples(job.recipe, files.input_specs(prepared), limit=SAMPLES))
     count = len(feeds)
     job.tell("simplifying: running the original", 0, len(STEPS) + 2)
-    original = open_local(job.input_model().read_bytes())
+    original = open_local(job.input_model())
     reference = [original.run(feed) for feed in feeds]
     doubled = []
     for name, feed in doubled_feeds(prepared, feeds[0]).items():
@@ -195,7 +195,7 @@ def prepare(source: onnx.ModelProto, job: Job, note: Callable[[str, str], None])
     if len(model.graph.inputs) < count:
         stored = count - len(model.graph.inputs)
         note("info", f"{stored} stored tensors are no longer listed as inputs")
-        model.ir_version = max(model.ir_version, MIN_IR_VERSION)
+    model.ir_version = max(model.ir_version, MIN_IR_VERSION)
     shapes = {name: item.shape for name, item in job.recipe.model.inputs.items()}
     _, told = set_input_shapes(model, shapes)
     for text in told:

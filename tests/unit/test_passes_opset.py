@@ -1,10 +1,10 @@
-"""Every adapter of the operator sets 7 to 17: the runtime's own results before and after."""
+"""Every adapter of the operator sets 6 to 17: the runtime's own results before and after."""
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from test_passes_support import load, normal, ops, parse, prove
+from test_passes_support import load, normal, ops, parse, prove, run
 
 from edgewright.passes.opset import NotConvertible, opset, raise_opset, unflatten_softmax
 from edgewright.passes.shapes import infer
@@ -202,6 +202,41 @@ def test_results_stay_equal(name):
     assert opset(model) == 17
 
 
+# ONNX Runtime has no kernels for these of operator set 6, so the results are written down.
+X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+OLD = {
+    "operands aligned at an axis": (
+        "g (float[2,3,4] x) => (float[2,3,4] y) { y = Add<broadcast=1,axis=1>(x, s) }",
+        np.float32([1, 2, 3]),
+        X + np.float32([1, 2, 3])[:, None],
+    ),
+    "operands aligned at the end": (
+        "g (float[2,3,4] x) => (float[2,3,4] y) { y = Mul<broadcast=1>(x, s) }",
+        np.float32([1, 2, 3, 4]),
+        X * np.float32([1, 2, 3, 4]),
+    ),
+    "operands that name the last axis": (
+        "g (float[2,3,4] x) => (float[2,3,4] y) { y = Sub<broadcast=1,axis=2>(x, s) }",
+        np.float32([1, 2, 3, 4]),
+        X - np.float32([1, 2, 3, 4]),
+    ),
+    "dropout": (
+        "g (float[2,3,4] x) => (float[2,3,4] y) { b = Dropout<is_test=1>(x) y = Mul(b, s) }",
+        np.full((2, 3, 4), 2, np.float32),
+        X * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_operator_set_6(name):
+    text, operand, expected = OLD[name]
+    model = load(parse(text, 6, s=operand))
+    raise_opset(model)
+    model.ir_version = 8
+    np.testing.assert_array_equal(run(ir.to_proto(model), {"x": X})[0], expected)
+
+
 @pytest.mark.parametrize("version", [17, 18, 20, 21])
 def test_newer_models_stay(version):
     proto = parse("g (float[2] x) => (float[2] y) { y = Relu(x) }", version)
@@ -211,7 +246,12 @@ def test_newer_models_stay(version):
 
 
 REFUSED = {
-    "older than 7": (6, "g (float[2] x) => (float[2] y) { y = Relu(x) }", {}),
+    "older than 6": (5, "g (float[2] x) => (float[2] y) { y = Relu(x) }", {}),
+    "normalization in training": (
+        6,
+        "g (float[2,3] x) => (float[2,3] y) { y = BatchNormalization(x, s, s, s, v) }",
+        {"s": normal(3), "v": np.ones(3, np.float32)},
+    ),
     "normalization per activation": (
         8,
         "g (float[2,3] x) => (float[2,3] y) { y = BatchNormalization<spatial=0>(x, s, s, s, v) }",

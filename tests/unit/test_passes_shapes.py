@@ -69,12 +69,23 @@ def test_a_target_that_is_not_known_stays(name):
     assert ops(model) == before
 
 
-def test_zero_is_not_copied_with_allowzero():
-    text = """g (float[batch,6] x) => (float[A,B] y) {
-        s = Shape(x)  y = Reshape<allowzero=1>(x, s) }"""
-    model = load(parse(text))
+ALLOW_ZERO = """g (float[batch,6] x) => (float[A,B,C] y) {
+    s = Shape(x)  n = Gather(s, place)  target = Concat<axis=0>(n, rest)
+    y = Reshape<allowzero=1>(x, target) }"""
+
+
+def test_zero_copies_again_where_none_meant_empty():
+    proto = parse(ALLOW_ZERO, place=ints(0), rest=ints(2, 3))
+    model = prove(proto, resolve, ["Reshape"])
+    assert targets(model) == [[0, 2, 3]]
+    assert "allowzero" not in all_nodes(model)[0].attributes
+
+
+def test_an_empty_dimension_stays_one():
+    model = load(parse(ALLOW_ZERO, place=ints(0), rest=ints(0, 3)))
+    before = ops(model)
     resolve(model)
-    assert targets(model) == [None]
+    assert ops(model) == before
 
 
 def test_numbers_are_stored():

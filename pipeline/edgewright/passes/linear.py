@@ -16,7 +16,8 @@ and one node less is left. MatMul has no bias: a shift behind it stays an Add.
 
 Layouts: Conv (out, in / group, *kernel); ConvTranspose (in, out / group, *kernel);
 Gemm (in, out), or (out, in) with transB; MatMul (in, out). Weights that other nodes read too
-are copied, but not if that adds more than COPY bytes.
+are copied, but not if that adds more than COPY bytes. The last factor of a GELU or of a
+LayerNormalization stays where it is: runtimes fuse these patterns whole.
 """
 
 from dataclasses import dataclass

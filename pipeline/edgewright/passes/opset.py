@@ -1,13 +1,15 @@
 """Raise the default operator set, operator by operator, to what quantization needs.
 
 onnx.version_converter leaves nested graphs and metadata behind; onnxscript's converter starts
-at 18. Between 7, the oldest version ONNX Runtime promises to run, and 17 few operators changed
-what they mean, and each has one adapter here. An operator that cannot be carried over with
-unchanged results (per-activation BatchNormalization, training outputs, Scan 8) raises
+at 18. Between 6, the oldest version ONNX Runtime still runs most of, and 17 few operators
+changed what they mean, and each has one adapter here. An operator that cannot be carried over
+with unchanged results (per-activation BatchNormalization, training outputs, Scan 8) raises
 `NotConvertible`, and the whole model stays at its version.
 
 | since | operator | change |
 |---|---|---|
+| 7 | Add, Mul, ... and Gemm | operands broadcast by themselves, aligned at the end |
+| 7 | BatchNormalization, Dropout | `is_test` gone (1 is what is left) |
 | 9 | BatchNormalization | `spatial` gone (1 is what is left) |
 | 10 | Upsample | became Resize |
 | 10 | Slice, TopK | attributes became inputs |
@@ -45,7 +47,7 @@ from edgewright.passes.edit import (
     stored,
 )
 
-OLDEST, TARGET, NEWEST = 7, 17, 20
+OLDEST, TARGET, NEWEST = 6, 17, 20
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
@@ -54,7 +56,7 @@ class NotConvertible(ValueError):
 
 
 def opset(model: ir.Model) -> int:
-    """Version of the default operator set."""
+    """Version of the default operator set, 0 where the model uses none of it."""
     return max((model.opset_imports.get(d, 0) for d in DEFAULT_DOMAINS), default=0)
 
 
@@ -67,12 +69,15 @@ def raise_opset(model: ir.Model, target: int = TARGET) -> int:
     source = opset(model)
     if source >= target:
         return 0
-    if source < OLDEST:
+    if 0 < source < OLDEST:
         raise NotConvertible(f"operator set {source} is older than {OLDEST}")
     changes = 0
     for node in all_nodes(model):
         if node.domain not in DEFAULT_DOMAINS or not is_alive(node):
             continue
+        if source < 7 and node.op_type in BROADCAST:
+            broadcast_by_itself(model, node)
+            changes += 1
         if node.op_type in LOST and source < LOST[node.op_type]:
             raise NotConvertible(f"{node.op_type} of operator set {source}")
         since, adapt = ADAPTERS.get(node.op_type, (0, None))
@@ -117,6 +122,24 @@ def like_input(node: ir.Node, number: float) -> np.ndarray:
     return np.array(number, kind.numpy())
 
 
+def broadcast_by_itself(model: ir.Model, node: ir.Node) -> None:
+    """Before 7 the second operand was aligned at `axis`, by default at the end, which is what
+    is left; an operand aligned elsewhere gets axes of size 1 at its end.
+    """
+    node.attributes.pop("broadcast", None)
+    axis = node.attributes.pop("axis", None)
+    if axis is None:
+        return
+    left, right = rank(node.inputs[0]), rank(node.inputs[1])
+    if left is None or right is None:
+        raise NotConvertible(f"{node.op_type} '{node.name}' with an axis, of unknown rank")
+    missing = left - (axis.as_int() % left) - right
+    if missing > 0:
+        axes = stored(model, np.arange(right, right + missing), f"{node.name}_axes")
+        value = insert_before(node, "Unsqueeze", [node.inputs[1], axes])
+        node.replace_input_with(1, value)
+
+
 def axes_to_input(model: ir.Model, node: ir.Node, source: int) -> None:
     add_inputs(model, node, {"axes": numbers(node, "axes")})
 
@@ -155,6 +178,8 @@ def scatter_renamed(model: ir.Model, node: ir.Node, source: int) -> None:
 
 
 def dropout_to_identity(model: ir.Model, node: ir.Node, source: int) -> None:
+    if source < 7 and not attribute(node, "is_test", 0):
+        raise NotConvertible(f"Dropout '{node.name}' in training")
     if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
         raise NotConvertible(f"Dropout '{node.name}' whose mask is read")
     if not bypass(node):
@@ -162,11 +187,14 @@ def dropout_to_identity(model: ir.Model, node: ir.Node, source: int) -> None:
 
 
 def normalization_outputs(model: ir.Model, node: ir.Node, source: int) -> None:
+    if source < 7 and not attribute(node, "is_test", 0):
+        raise NotConvertible(f"BatchNormalization '{node.name}' in training")
     if attribute(node, "spatial", 1) != 1:
         raise NotConvertible(f"BatchNormalization '{node.name}' with spatial = 0")
     if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
         raise NotConvertible(f"BatchNormalization '{node.name}' with training outputs")
-    node.attributes.pop("spatial", None)
+    for name in ("spatial", "is_test"):
+        node.attributes.pop(name, None)
     node.resize_outputs(1)
 
 
@@ -263,4 +291,6 @@ ADAPTERS: dict[str, tuple[int, Adapter]] = {
     "BatchNormalization": (14, normalization_outputs),
     "RoiAlign": (16, roi_mode),
 }
+LOGIC = ("And", "Or", "Xor", "Equal", "Greater", "Less")
+BROADCAST = ("Add", "Sub", "Mul", "Div", "Pow", "Gemm", *LOGIC)
 LOST = {"Scan": 9}  # operators whose older form has no equal in the newer sets

@@ -67,13 +67,13 @@ def store_numbers(model: ir.Model, node: ir.Node, entries: Entries) -> int:
 
 
 def store_target(model: ir.Model, node: ir.Node, known: Known) -> int:
-    """Rule 2. With `allowzero`, 0 means an empty dimension and nothing is copied."""
+    """Rule 2. With `allowzero`, 0 means an empty dimension; without such, it means nothing."""
     target = node.inputs[1]
     entries = look_up(target, known)
     shape = dims(node.inputs[0])
     if target is None or entries is None or constant(target) is not None or shape is None:
         return 0
-    if attribute(node, "allowzero", 0):
+    if attribute(node, "allowzero", 0) and 0 in entries:
         return 0
     new: list[int] = []
     for k, entry in enumerate(entries):
@@ -85,6 +85,7 @@ def store_target(model: ir.Model, node: ir.Node, known: Known) -> int:
             new.append(-1)
     if new.count(-1) > 1:
         return 0
+    node.attributes.pop("allowzero", None)
     name = f"{node.outputs[0].name}_shape"
     node.replace_input_with(1, stored(model, np.array(new, np.int64), name))
     return 1

@@ -180,7 +180,7 @@ def sliced(node: ir.Node, known: Known) -> Dims | None:
 def reshaped(node: ir.Node, known: Known) -> Dims | None:
     """0 copies; -1 is what is left when equal dimensions on both sides are struck out."""
     shape, target = dims(node.inputs[0]), look_up(operand(node, 1), known)
-    if shape is None or target is None or attribute(node, "allowzero", 0):
+    if shape is None or target is None or (attribute(node, "allowzero", 0) and 0 in target):
         return None
     if any(t == 0 and k >= len(shape) for k, t in enumerate(target)):
         return None
