@@ -152,7 +152,8 @@ def hold_metric(
     other half is kept for the data it does not show.
     """
     metric = Metric(job.recipe)
-    wanted = (1 + (job.recipe.gate.min_retained or 0.0)) / 2
+    enough = job.recipe.gate.min_retained or 0.0
+    wanted = (1 + enough) / 2
     job.tell("metric of the float model", 0, 0)
     original = metric.score(open_local(source, threads=2).run)
 
@@ -167,10 +168,13 @@ def hold_metric(
     ]
     if share >= wanted:
         return plan, quantized, choices
-    plan, model, tried = rollback.roll_back(
-        ingredients, plan, corrections, retained, wanted, job.tell
+    rolled, model, tried = rollback.roll_back(
+        ingredients, plan, corrections, retained, wanted, enough, job.tell
     )
-    return plan, model, choices + [{"step": "rollback", **t} for t in tried]
+    choices += [{"step": "rollback", **t} for t in tried]
+    if share >= enough and not any(t["retained"] >= wanted for t in tried):
+        return plan, quantized, choices  # no rollback reached more than what was enough already
+    return rolled, model, choices
 
 
 def report(

@@ -1,9 +1,8 @@
 """Back to float, region by region, until the metric holds.
 
-Regions are runs of neighbouring int8 layers. Each is priced once, without labels: how much of
-the noise in the outputs is gone when only that region is float, and which share of the work
-that region is. The metric, which is dear, is asked only for a few prefixes of the regions in
-the order of noise saved per work given up.
+Regions are runs of neighbouring int8 layers. Each is priced once, without labels: its share of
+the noise in the outputs and its share of the work. The metric, which is dear, is asked only for
+a few prefixes of the regions in the order of noise saved per work given up.
 """
 
 from collections.abc import Callable
@@ -27,12 +26,11 @@ FLOOR = 0.02  # work share that any region counts for: its borders cost time, to
 class Region:
     """Neighbouring nodes that go back to float together.
 
-    saved: share of the output's noise power that is gone with the region in float (below zero
-    where it compensated noise of others). work: its share of the multiplications.
+    noise: its share of the noise power in the outputs. work: its share of the multiplications.
     """
 
     nodes: tuple[str, ...]
-    saved: float
+    noise: float
     work: float
 
 
@@ -64,19 +62,35 @@ def work_of(ingredients: Ingredients, placement: Placement) -> dict[str, float]:
 
 
 def price(ingredients: Ingredients, placement: Placement, tell: Tell) -> list[Region]:
-    """The regions, the one with the most noise saved per work given up first."""
+    """The regions, the one with the most noise per work first.
+
+    Each region is int8 alone, all others float: its noise is then its own, while in the whole
+    int8 model the mean shifts of many layers mix and partly cancel.
+    """
     few = build.copy_of(ingredients)
     few.held, few.reference = few.held[:SAMPLES], few.reference[:SAMPLES]
-    whole = 10 ** (-build.judge(few, build.write(few, placement)) / 10)
     work = work_of(ingredients, placement)
     found = []
     runs = regions_of(ingredients.model, placement)
     for k, nodes in enumerate(runs):
         tell("pricing regions", k, len(runs))
-        rest = placement.without(nodes, "")
-        noise = 10 ** (-build.judge(few, build.write(few, rest)) / 10)
-        found.append(Region(nodes, 1 - noise / whole, sum(work.get(n, 0.0) for n in nodes)))
-    return sorted(found, key=lambda r: -r.saved / (r.work + FLOOR) if r.saved > 0 else -r.saved)
+        others = [n for n in placement.nodes if n not in set(nodes)]
+        alone = placement.without(others, "").tidied(ingredients.model)
+        noise = 10 ** (-build.judge(few, build.write(few, alone)) / 10)
+        found.append(Region(nodes, noise, sum(work.get(n, 0.0) for n in nodes)))
+    total = sum(r.noise for r in found) or 1.0
+    shares = [Region(r.nodes, r.noise / total, r.work) for r in found]
+    return sorted(shares, key=lambda r: -r.noise / (r.work + FLOOR))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One placement tried: regions in float, the share of the metric it keeps."""
+
+    regions: int
+    placement: Placement
+    model: onnx.ModelProto
+    retained: float
 
 
 def roll_back(
@@ -85,47 +99,52 @@ def roll_back(
     corrections: list[str],
     retained: Callable[[onnx.ModelProto], float],
     wanted: float,
+    enough: float,
     tell: Tell,
 ) -> tuple[Placement, onnx.ModelProto | None, list[dict[str, Any]]]:
-    """The placement with few regions in float at which the metric holds, and its int8 model.
+    """A placement with few regions in float that keeps `wanted` of the metric, and its model.
 
     corrections: names of those that helped before; each trial is corrected anew, because a
-    correction fits one placement only. retained: share of the metric an int8 model keeps. The
-    model is None, and the placement empty, where no placement is good enough.
+    correction fits one placement only. retained: share of the metric an int8 model keeps.
+    Where no trial keeps `wanted`, the best that keeps `enough` is taken; where none does, the
+    model is None and the placement empty.
     """
     regions = price(ingredients, placement, tell)
-    tried: list[dict[str, Any]] = []
+    trials: list[Trial] = []
 
-    def attempt(count: int) -> tuple[Placement, onnx.ModelProto, bool]:
-        trial = placement
+    def attempt(count: int) -> Trial:
+        changed = placement
         for region in regions[:count]:
-            reason = f"rolled back: it makes {100 * region.saved:.0f} % of the output's noise"
-            trial = trial.without(region.nodes, reason)
-        trial = trial.tidied(ingredients.model)
-        changed = build.corrected(ingredients, trial, corrections, tell)
-        model = build.write(changed, trial)
-        share = retained(model)
-        tried.append({"regions_in_float": count, "retained": round(share, 5)})
-        return trial, model, share >= wanted
+            reason = f"rolled back: it makes {100 * region.noise:.0f} % of the output's noise"
+            changed = changed.without(region.nodes, reason)
+        changed = changed.tidied(ingredients.model)
+        model = build.write(build.corrected(ingredients, changed, corrections, tell), changed)
+        trials.append(Trial(count, changed, model, retained(model)))
+        return trials[-1]
 
     failed, count = 0, 1
-    best: tuple[Placement, onnx.ModelProto] | None = None
+    best: Trial | None = None
     while best is None and failed + 1 < len(regions):
-        count = min(count, len(regions) - 1)
-        trial, model, holds = attempt(count)
-        if holds:
-            best = trial, model
+        trial = attempt(min(count, len(regions) - 1))
+        if trial.retained >= wanted:
+            best = trial
         else:
-            failed, count = count, count * 2
-    if best is None:
-        return placement.without(placement.nodes, "the metric does not hold"), None, tried
-    for _ in range(REFINEMENTS):
-        if count - failed <= 1:
+            failed, count = trial.regions, trial.regions * 2
+    for _ in range(REFINEMENTS if best else 0):
+        assert best is not None
+        if best.regions - failed <= 1:
             break
-        middle = (count + failed) // 2
-        trial, model, holds = attempt(middle)
-        if holds:
-            best, count = (trial, model), middle
+        trial = attempt((best.regions + failed) // 2)
+        if trial.retained >= wanted:
+            best = trial
         else:
-            failed = middle
-    return best[0], best[1], tried
+            failed = trial.regions
+    if best is None:
+        best = max(
+            (t for t in trials if t.retained >= enough), key=lambda t: t.retained, default=None
+        )
+    tried = [{"regions_in_float": t.regions, "retained": round(t.retained, 5)} for t in trials]
+    if best is None:
+        nothing = placement.without(placement.nodes, "the metric does not hold")
+        return nothing, None, tried
+    return best.placement, best.model, tried
