@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,9 +103,7 @@ def paired_difference(
     n = worse + better
     tail = sum(math.comb(n, k) for k in range(min(worse, better) + 1)) / 2**n if n else 1.0
     rng = np.random.default_rng(seed)
-    means = np.array(
-        [loss[rng.integers(0, loss.size, loss.size)].mean() for _ in range(2000)]
-    )
+    means = np.array([loss[rng.integers(0, loss.size, loss.size)].mean() for _ in range(2000)])
     low, high = np.quantile(means, [0.025, 0.975])
     return {
         "samples": int(loss.size),
@@ -117,10 +114,3 @@ def paired_difference(
         "mean_loss_high": float(high),
         "sign_test_p": float(min(1.0, 2 * tail)),
     }
-
-
-def evaluation_files(recipe: Recipe) -> list[Path]:
-    """The files a metric depends on, as far as the recipe names them."""
-    names = (recipe.data.evaluation, recipe.data.metric, recipe.data.per_sample)
-    files = [recipe.path(n.rpartition(":")[0] if ".py:" in n else n) for n in names if n]
-    return list(dict.fromkeys(files))

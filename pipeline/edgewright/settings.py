@@ -50,16 +50,12 @@ def parse(cls: type[T], raw: Any, where: str) -> T:
     hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in fields:
-            raise BadInput(
-                f"unknown key '{key}' in {where}", hint=suggestion(key, fields)
-            )
+            raise BadInput(f"unknown key '{key}' in {where}", hint=suggestion(key, fields))
     values = {}
     for name, field in fields.items():
         if name in raw:
             values[name] = convert(hints[name], raw[name], f"{where}.{name}")
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise BadInput(f"missing key '{name}' in {where}", expected=describe(hints[name]))
     return cls(**values)
 
@@ -82,9 +78,11 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         if value in args and type(value) in {type(a) for a in args}:
             return value
         expected = "one of " + ", ".join(repr(a) for a in args)
-        hint = suggestion(value, [a for a in args if isinstance(a, str)]) if isinstance(
-            value, str
-        ) else ""
+        hint = (
+            suggestion(value, [a for a in args if isinstance(a, str)])
+            if isinstance(value, str)
+            else ""
+        )
         raise BadInput(where, expected=expected, found=repr(value), hint=hint)
     if origin is tuple:
         if not isinstance(value, list):

@@ -216,7 +216,8 @@ def child_main() -> int:
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process and, if larger, of its largest child."""
     own, children = (
-        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     return 1024 * max(own, children)
 

@@ -1,0 +1,97 @@
+# make target=NAME [recipe=PATH] [out=DIR] [baseline=BUNDLE]    build a recipe for a target
+# make test | lint | kit | bench | clean
+#
+# Python packages go into .venv, installed once per change of pyproject.toml or constraints.txt.
+
+target   ?= cpu
+recipe   ?= examples/digits/recipe.toml
+out      ?=
+baseline ?=
+kit      ?= ../shared/kit
+PYTHON   ?= python3
+export target recipe out baseline kit
+
+bin    := .venv/bin
+# A moved checkout needs a new editable install, so the place is part of the stamps' names.
+place  := $(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
+base   := .venv/.base-$(place)
+torch  := .venv/.torch-$(place)
+sample := .venv/.examples-$(place)
+dev    := .venv/.dev-$(place)
+pip    := $(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+# Only a model made by Python code needs torch; the example needs its data set, too.
+ifeq ($(recipe),examples/digits/recipe.toml)
+needs := $(sample)
+else ifneq ($(shell grep -Es '^[[:space:]]*source[[:space:]]*=.*\.py:' '$(subst ','\'',$(recipe))'),)
+needs := $(torch)
+else
+needs := $(base)
+endif
+
+meaning = case $$code in \
+	1) why="gate FAIL";; 2) why="usage";; 3) why="bad input";; 4) why="gate INCONCLUSIVE";; \
+	5) why="integrity";; 6) why="environment";; 130|143) why="interrupted";; \
+	*) why="unexpected";; esac; \
+	[ $$code = 0 ] || echo "edgewright: exit $$code ($$why)" >&2; exit $$code
+
+.PHONY: build test lint kit bench clean distclean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+build: $(needs)
+	@code=0; { $(bin)/edgewright setup --target "$$target" && $(bin)/edgewright build "$$recipe" \
+		--target "$$target" $${out:+--out "$$out"} $${baseline:+--baseline "$$baseline"}; } \
+		|| code=$$?; $(meaning)
+
+test: $(dev)
+	@$(bin)/edgewright setup --target arm --target cpu-avx2
+	$(bin)/python -m pytest
+
+lint: $(dev)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+# Every case of the measuring kit, scored by the kit itself, beside the peers' figures.
+kit: $(base)
+	@$(bin)/edgewright setup --target "$$target"
+	@$(bin)/python bench/kit.py --kit "$$kit" --target "$$target"
+
+# The built model against its original once more, on this machine.
+bench: build
+	@name=$$(sed -n 's/^name *= *"\([^"]*\)".*/\1/p' "$$recipe" | head -n 1); \
+	folder="$${out:-build/$$name}/$$target"; \
+	code=0; $(bin)/edgewright bench "$$folder/model.onnx" \
+		"$$folder/stages/01-export/model.onnx" --recipe "$$recipe" --target "$$target" \
+		|| code=$$?; $(meaning)
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+distclean: clean
+	rm -rf .venv
+
+$(base): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "edgewright: Python 3.11 or later is needed; name one with PYTHON=..." >&2; exit 6; }
+	@echo "edgewright: setting up .venv" >&2
+	@$(PYTHON) -m venv .venv || { echo "edgewright: no virtual environment could be made;" \
+		"on Debian: apt-get install python3-venv" >&2; exit 6; }
+	@$(pip) -e .
+	@touch $@
+
+$(torch): $(base)
+	@echo "edgewright: installing torch into .venv" >&2
+	@$(pip) -e '.[torch]'
+	@touch $@
+
+$(sample): $(base)
+	@echo "edgewright: installing torch and scikit-learn into .venv" >&2
+	@$(pip) -e '.[examples]'
+	@touch $@
+
+$(dev): $(sample)
+	@echo "edgewright: installing the tools for tests into .venv" >&2
+	@$(pip) -e '.[dev,examples]'
+	@touch $@

@@ -1,0 +1,695 @@
+"""The command line: parse, call, print. Selection and work live elsewhere.
+
+Results go to standard output, everything else to standard error. `main` is the one place that
+turns errors into a message and an exit code.
+"""
+
+import io
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from edgewright import __version__
+from edgewright.cache import Cache, open_cache
+from edgewright.errors import (
+    BadInput,
+    EdgewrightError,
+    EnvironmentMissing,
+    UsageError,
+    from_os_error,
+)
+from edgewright.files import copy_atomic, write_atomic
+from edgewright.process import Stopped, adopt_orphans, catch_signals, end_children
+from edgewright.recipe import Recipe, load_recipe, parse_recipe
+from edgewright.target import Target, load_target, target_names
+
+# What computes is imported where it is used: a mistyped option must not wait for numpy.
+
+Report = dict[str, Any]
+
+VERDICT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
+WORST_FIRST = (5, 3, 6, 2, 1, 4, 0)
+PATH = click.Path(path_type=Path)
+KEPT = "finished stages are kept, the same command goes on from there"
+
+
+def main() -> NoReturn:
+    """Run the command line and leave with its exit code; no traceback passes this point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    adopt_orphans()
+    catch_signals()
+    code = guarded(lambda: cli.main(standalone_mode=False, prog_name="edgewright") or 0)
+    end_children()
+    sys.exit(code)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code of `work`; every exception becomes one message and its code."""
+    try:
+        return work()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        return say(f"usage: {error.format_message()} See `edgewright --help`.", 2)
+    except Stopped as stop:
+        return say(f"{stop.word}; {KEPT}", stop.code)
+    except Exception as error:
+        return explain(error)
+
+
+def explain(error: Exception) -> int:
+    """Print one message for an error; its exit code."""
+    if isinstance(error, OSError):
+        error = from_os_error(error, "running this command")
+    if isinstance(error, EdgewrightError):
+        return say(f"error: {error}", error.exit_code)
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="edgewright-error-", suffix=".log", delete=False
+    ) as log:
+        traceback.print_exception(error, file=log)
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return say(f"internal error: {text}. Please report it; details in {log.name}", 3)
+
+
+def say(text: str, code: int = 0) -> int:
+    """Print a message on standard error; the code, for the caller to return."""
+    with suppress(BrokenPipeError):
+        click.echo(f"edgewright: {printable(text)}", err=True)
+    return code
+
+
+def emit(text: str) -> None:
+    """Print a result on standard output; a reader that has left changes no exit code."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def emit_json(value: Any) -> None:
+    """Print a result for machines."""
+    emit(json.dumps(value, indent=1, sort_keys=True, default=str))
+
+
+def emit_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print aligned columns; the last one is not padded."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)]
+        emit(printable("  ".join([*cells, row[-1]]).rstrip()))
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal, whatever a model's names hold."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options that several commands share, by name."""
+    known = {
+        "recipe": click.option(
+            "--recipe", "recipe_path", type=PATH, required=True, help="The recipe (TOML)."
+        ),
+        "target": click.option(
+            "--target",
+            "target_name",
+            default="cpu",
+            show_default=True,
+            help="A shipped target, or the path of a profile of your own.",
+        ),
+        "output": click.option(
+            "-o", "--output", type=PATH, required=True, help="Where to write the result."
+        ),
+        "json": click.option(
+            "--json", "as_json", is_flag=True, help="Print the result as JSON, for machines."
+        ),
+    }
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            command = known[name](command)
+        return command
+
+    return decorate
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 PASS, 1 gate FAIL, 2 usage, 3 bad input, 4 gate INCONCLUSIVE, "
+    "5 integrity, 6 environment, 130/143 interrupted.",
+)
+@click.version_option(__version__, prog_name="edgewright")
+def cli() -> None:
+    """Turn a trained model into a small, fast, proven bundle for a device.
+
+    \b
+    edgewright init model.onnx                    write a recipe to fill in
+    edgewright build recipe.toml --target cpu     do everything
+    edgewright doctor                             what this machine can run
+    """
+
+
+@cli.command()
+@click.argument("recipe_path", metavar="RECIPE", type=PATH)
+@click.option("--target", "names", multiple=True, required=True, help="May be given repeatedly.")
+@click.option("--out", type=PATH, help="Folder of the results. Default: build/NAME.")
+@click.option("--baseline", type=PATH, help="Bundle of an earlier release to compare with.")
+@click.option("--no-cache", is_flag=True, help="Do all the work; read and keep nothing.")
+@options("json")
+def build(
+    recipe_path: Path,
+    names: tuple[str, ...],
+    out: Path | None,
+    baseline: Path | None,
+    no_cache: bool,
+    as_json: bool,
+) -> int:
+    """Run all stages of RECIPE for each target: the model, its evidence, a bundle, a verdict.
+
+    \b
+    edgewright build recipe.toml --target cpu
+    edgewright build recipe.toml --target cpu --target arm --json > result.json
+    edgewright build recipe.toml --target arm --baseline release-1.3.bundle.tar
+    """
+    from edgewright import console
+    from edgewright.report import text
+
+    recipe = load_recipe(recipe_path)
+    targets = [load_target(name) for name in dict.fromkeys(names)]
+    if len({target.name for target in targets}) < len(targets):
+        raise UsageError("two of the targets have the same name", found=", ".join(names))
+    out = out or Path("build") / recipe.model.name
+    cache = None if no_cache else open_cache(os.environ)
+    results = []
+    for target in targets:
+        results.append(build_one(recipe, target, out, cache, baseline))
+        if not as_json and results[-1]["report"]:
+            console.stderr.print(text.summary(results[-1]["report"]))
+    code = min((result["exit_code"] for result in results), key=WORST_FIRST.index)
+    if as_json:
+        emit_json({"exit_code": code, "targets": results})
+    else:
+        emit_table([(r["target"], r["verdict"], r["result"]) for r in results])
+    return code
+
+
+def build_one(
+    recipe: Recipe, target: Target, out: Path, cache: Cache | None, baseline: Path | None
+) -> dict[str, Any]:
+    """Build one target and say how it went; an error ends this target only."""
+    from edgewright.build import build
+    from edgewright.console import watching
+
+    folder = out / target.name
+    result: dict[str, Any] = {"target": target.name, "folder": str(folder), "report": None}
+    try:
+        with watching(target.name) as watch:
+            report = build(recipe, target, out, cache=cache, baseline=baseline, watch=watch)
+    except Exception as error:
+        code = explain(error)
+        return {
+            **result,
+            "exit_code": code,
+            "verdict": "ERROR",
+            "result": f"exit {code}",
+            "error": str(error),
+        }
+    verdict = report["verdict"]
+    bundles = " ".join(str(path) for path in sorted(folder.glob("*.bundle.tar")))
+    return {
+        **result,
+        "exit_code": VERDICT_CODES[verdict],
+        "verdict": verdict,
+        "result": bundles if verdict == "PASS" else f"{bundles} (NOT for release)",
+        "report": report,
+    }
+
+
+def on_files(
+    stages: Sequence[str],
+    recipe: Recipe,
+    target: Target,
+    models: dict[str, Path],
+    *,
+    reports: dict[str, Report] = {},
+    output: Path | None = None,
+    result: str = "model.onnx",
+) -> dict[str, Report]:
+    """Run stages on files; their reports. The last one's file `result` goes to `output`."""
+    from edgewright.build import run_stages
+    from edgewright.console import watching
+
+    def keep(folder: Path) -> None:
+        if output is not None:
+            copy_atomic(next(folder.glob(result)), output)
+
+    for path in models.values():
+        if not path.exists():
+            raise BadInput(f"model not found: {path}", hint="check the path")
+    with watching(target.name) as watch:
+        return run_stages(
+            stages, recipe, target, models=models, reports=reports, watch=watch, keep=keep
+        )
+
+
+def show(recipe: Recipe, target: Target, reports: dict[str, Report], as_json: bool) -> None:
+    """Print what stages found: tables on standard error, or JSON on standard output."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from edgewright.console import stderr
+    from edgewright.report import tables, text
+
+    if as_json:
+        emit_json(reports)
+        return
+    report = {
+        "name": recipe.model.name,
+        "version": recipe.model.version,
+        "target": target.name,
+        "stages": [{"stage": k, "cached": False, "report": v} for k, v in reports.items()],
+    }
+    if "gate" in reports:
+        stderr.print(text.summary({**report, "verdict": reports["gate"]["verdict"]}))
+        return
+    figures = [f"{t.label}: {t.value}  ({t.detail})" for t in tables.tiles(report) if t.known]
+    stderr.print(
+        Group(
+            *(Text(line) for line in figures),
+            text.stage_table(tables.stages(report)),
+            text.note_lines(tables.notes(report)),
+        )
+    )
+
+
+def settings(recipe_path: Path, target_name: str) -> tuple[Recipe, Target]:
+    """The recipe and the target that a command names."""
+    return load_recipe(recipe_path), load_target(target_name)
+
+
+@cli.command()
+@click.argument("model", type=PATH, required=False)
+@options("recipe", "target", "output", "json")
+def export(
+    model: Path | None, recipe_path: Path, target_name: str, output: Path, as_json: bool
+) -> None:
+    """Bring the recipe's model, or the ONNX file MODEL, into checked, self-contained ONNX.
+
+    \b
+    edgewright export --recipe recipe.toml -o model.onnx
+    """
+    recipe, target = settings(recipe_path, target_name)
+    if model is not None:
+        raw = {**recipe.raw, "model": {**recipe.raw["model"], "source": str(model.absolute())}}
+        recipe = parse_recipe(raw, recipe.folder, str(recipe_path))
+    show(recipe, target, on_files(["export"], recipe, target, {}, output=output), as_json)
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@options("recipe", "target", "output", "json")
+def simplify(model: Path, recipe_path: Path, target_name: str, output: Path, as_json: bool) -> None:
+    """Fold and fuse MODEL without changing what it computes.
+
+    \b
+    edgewright simplify model.onnx --recipe recipe.toml -o simple.onnx
+    """
+    recipe, target = settings(recipe_path, target_name)
+    models = {"export": model, "newest": model}
+    show(recipe, target, on_files(["simplify"], recipe, target, models, output=output), as_json)
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@options("recipe", "target", "output", "json")
+def quantize(model: Path, recipe_path: Path, target_name: str, output: Path, as_json: bool) -> None:
+    """Bring MODEL to int8 in the target's scheme, where it pays.
+
+    \b
+    edgewright quantize simple.onnx --recipe recipe.toml --target arm -o int8.onnx
+    """
+    recipe, target = settings(recipe_path, target_name)
+    models = {"export": model, "newest": model}
+    show(recipe, target, on_files(["quantize"], recipe, target, models, output=output), as_json)
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@click.option("--original", type=PATH, help="Compare with this file. Default: the recipe's model.")
+@options("recipe", "target", "json")
+def validate(
+    model: Path, original: Path | None, recipe_path: Path, target_name: str, as_json: bool
+) -> None:
+    """Say how much of the recipe's metric MODEL keeps on the target, sample by sample.
+
+    \b
+    edgewright validate int8.onnx --recipe recipe.toml --target arm
+    """
+    recipe, target = settings(recipe_path, target_name)
+    models = {"newest": model, **({"export": original} if original else {})}
+    stages = ["validate"] if original else ["export", "validate"]
+    show(recipe, target, on_files(stages, recipe, target, models), as_json)
+
+
+@cli.command()
+@click.argument("candidate", metavar="MODEL", type=PATH)
+@click.argument("original", metavar="[OTHER]", type=PATH, required=False)
+@options("recipe", "target", "json")
+def bench(
+    candidate: Path, original: Path | None, recipe_path: Path, target_name: str, as_json: bool
+) -> None:
+    """Measure MODEL on the target, taking turns with OTHER (default: with itself).
+
+    The recipe's calibration inputs are what both are run on.
+
+    \b
+    edgewright bench int8.onnx model.onnx --recipe recipe.toml --target cpu
+    """
+    recipe, target = settings(recipe_path, target_name)
+    models = {"newest": candidate, "export": original or candidate}
+    show(recipe, target, on_files(["measure"], recipe, target, models), as_json)
+
+
+@cli.command()
+@click.option("--candidate", type=PATH, required=True, help="The model that would ship.")
+@click.option("--baseline", type=PATH, required=True, help="The model it must not fall behind.")
+@options("recipe", "target", "json")
+def gate(
+    candidate: Path, baseline: Path, recipe_path: Path, target_name: str, as_json: bool
+) -> int:
+    """Validate and measure one model file against another, and decide by the recipe's [gate].
+
+    \b
+    edgewright gate --candidate int8.onnx --baseline model.onnx --recipe recipe.toml
+    """
+    recipe, target = settings(recipe_path, target_name)
+    models = {"newest": candidate, "export": baseline}
+    reports = on_files(["validate", "measure", "gate"], recipe, target, models)
+    show(recipe, target, reports, as_json)
+    verdict = reports["gate"]["verdict"]
+    if not as_json:
+        emit(verdict)
+    return VERDICT_CODES[verdict]
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@click.option("--gate", "gate_path", type=PATH, help="What `edgewright gate --json` printed.")
+@options("recipe", "target", "output", "json")
+def bundle(
+    model: Path,
+    gate_path: Path | None,
+    recipe_path: Path,
+    target_name: str,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Pack MODEL with golden vectors and a manifest into a deterministic, self-testing bundle.
+
+    \b
+    edgewright bundle int8.onnx --recipe recipe.toml --target arm -o keyword.bundle.tar
+    """
+    recipe, target = settings(recipe_path, target_name)
+    reports = {"gate": gate_report(gate_path)} if gate_path else {}
+    models = {"newest": model, "export": model}
+    found = on_files(
+        ["bundle"],
+        recipe,
+        target,
+        models,
+        reports=reports,
+        output=output,
+        result="*.bundle.tar",
+    )
+    show(recipe, target, found, as_json)
+    if not as_json:
+        emit(str(output))
+
+
+def gate_report(path: Path) -> Report:
+    """The gate's report in what `edgewright gate --json` printed."""
+    found = read_json(path, "gate report")
+    report = found.get("gate", found)
+    if not isinstance(report, dict) or report.get("verdict") not in VERDICT_CODES:
+        raise BadInput(f"gate report {path}", expected="what `edgewright gate --json` prints")
+    return report
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BadInput(f"{what} not found: {path}", hint="check the path") from None
+    except ValueError as error:
+        raise BadInput(f"{what} {path}", expected="JSON", found=str(error)) from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{what} {path}", expected="a JSON object", found=type(value).__name__)
+    return value
+
+
+@cli.command()
+@click.argument("bundle_path", metavar="BUNDLE", type=PATH)
+@options("json")
+def verify(bundle_path: Path, as_json: bool) -> None:
+    """Check that BUNDLE is whole and holds exactly what its manifest lists.
+
+    \b
+    edgewright verify keyword-1.4.0-arm.bundle.tar
+    """
+    from edgewright.device.verify import verify as verified
+
+    manifest = verified(bundle_path)
+    if as_json:
+        emit_json(manifest)
+        return
+    verdict = (manifest["gate"] or {}).get("verdict", "none")
+    emit_table(
+        [
+            ("bundle", f"{manifest['name']} {manifest['version']} for {manifest['target']}"),
+            ("gate", verdict if verdict == "PASS" else f"{verdict} (NOT for release)"),
+            ("model", f"{manifest['model']['bytes']} bytes, sha256 {manifest['model']['sha256']}"),
+            ("runtime", f"{manifest['runtime']['name']} {manifest['runtime']['exact']}"),
+            ("signature", "none: nothing says who made it" if not manifest["signature"] else "yes"),
+            ("files", f"{len(manifest['files'])}, every one as listed"),
+        ]
+    )
+
+
+@cli.command("self-test")
+@click.argument("bundle_path", metavar="BUNDLE", type=PATH)
+@click.option("--target", "target_name", help="Run as this profile says. Default: as it fits.")
+@options("json")
+def self_test(bundle_path: Path, target_name: str | None, as_json: bool) -> None:
+    """Verify BUNDLE and run its golden vectors on this machine.
+
+    \b
+    edgewright self-test keyword-1.4.0-arm.bundle.tar
+    """
+    from edgewright.device.selftest import self_test as tested
+
+    report = tested(bundle_path, load_target(target_name) if target_name else None)
+    if as_json:
+        emit_json(report)
+        return
+    how = "to the last bit" if report["exact"] else f"largest difference {report['max_abs']:.3g}"
+    emit(f"ok: {report['vectors']} golden vectors, {how}")
+
+
+@cli.command()
+@click.argument("folder", metavar="RUNFOLDER", type=PATH)
+@options("json")
+def report(folder: Path, as_json: bool) -> None:
+    """Show the report of a finished build again, and write its page anew.
+
+    \b
+    edgewright report build/keyword/arm
+    """
+    from edgewright.build import REPORT, SCHEMA, write_report
+    from edgewright.console import stderr
+    from edgewright.report import text
+
+    found = read_json(folder / REPORT, "report")
+    if found.get("schema") != SCHEMA:
+        raise BadInput(f"{folder / REPORT}", expected=SCHEMA, found=repr(found.get("schema")))
+    write_report(folder, found)
+    if as_json:
+        emit_json(found)
+    else:
+        stderr.print(text.summary(found))
+        emit(str(folder / "report.html"))
+
+
+@cli.command()
+@click.argument("source", metavar="MODEL")
+@click.option("-o", "--output", type=PATH, default=Path("recipe.toml"), show_default=True)
+@click.option("--force", is_flag=True, help="Write over a recipe that is there.")
+def init(source: str, output: Path, force: bool) -> None:
+    """Write a recipe for MODEL (an ONNX file, or "train.py:build") with its inputs filled in.
+
+    \b
+    edgewright init model.onnx
+    """
+    from edgewright import scaffold
+
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists", hint="name another file with -o, or give --force")
+    inputs = []
+    if ".py:" not in source:
+        inputs = inspected(Path(source), "cpu")["inputs"]
+    elif not Path(source.rpartition(":")[0]).is_file():
+        raise BadInput(f"{source}: no such Python file", hint="check the path")
+    relative = os.path.relpath(source, output.absolute().parent)
+    write_atomic(output, scaffold.recipe_for(relative, inputs).encode())
+    emit(str(output))
+    say("fill in [data], then: edgewright build " + str(output) + " --target cpu")
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@options("target", "json")
+def inspect(model: Path, target_name: str, as_json: bool) -> None:
+    """Say what is in MODEL, and what will hurt on the target, before any calibration.
+
+    \b
+    edgewright inspect model.onnx --target arm
+    """
+    facts = inspected(model, target_name)
+    if as_json:
+        emit_json(facts)
+        return
+    operators = ", ".join(f"{count} {name}" for name, count in facts["operators"].items())
+    least = " or more" if facts["macs_unknown"] else ""
+    emit_table(
+        [
+            *(("input", value_text(value)) for value in facts["inputs"]),
+            *(("output", value_text(value)) for value in facts["outputs"]),
+            (
+                "opset",
+                f"{facts['opset']} (IR {facts['ir_version']}), by {facts['producer'] or '?'}",
+            ),
+            ("size", f"{facts['bytes']} bytes, {facts['parameters']} stored values"),
+            ("work", f"{facts['macs']} multiply-accumulates{least} with free dimensions at 1"),
+            ("nodes", f"{facts['nodes']}: {operators}"),
+            *((line["level"], line["text"]) for line in facts["lint"]),
+        ]
+    )
+
+
+def inspected(model: Path, target_name: str) -> Report:
+    """What is in an untrusted model file."""
+    from edgewright.build import inspect
+
+    if not model.exists():
+        raise BadInput(f"model not found: {model}", hint="check the path")
+    return inspect(model, load_target(target_name))
+
+
+def value_text(value: dict[str, Any]) -> str:
+    """Name, type and shape of an input or output."""
+    shape = ", ".join("?" if size is None else str(size) for size in value["shape"])
+    return f"{value['name']}  {value['dtype']} [{shape}]"
+
+
+@cli.command()
+@click.option("--target", "target_name", help="Check this target only; exit 6 if it cannot run.")
+@options("json")
+def doctor(target_name: str | None, as_json: bool) -> None:
+    """Say which targets this machine can run, and what the others lack.
+
+    \b
+    edgewright doctor
+    edgewright doctor --target arm
+    """
+    from edgewright.runtime import doctor as doctors
+
+    checks = [doctors.check(load_target(target_name))] if target_name else doctors.checks()
+    host = doctors.host()
+    if as_json:
+        emit_json({"host": host, "targets": checks})
+    else:
+        versions = ", ".join(f"{k} {v or 'absent'}" for k, v in host["versions"].items())
+        gib = host["memory_bytes"] / 2**30
+        emit_table(
+            [
+                ("machine", f"{host['cpu']}, {host['cores']} cores, {gib:.0f} GiB"),
+                ("versions", f"python {host['python']}, {versions}"),
+                *((c["target"], ready_text(c)) for c in checks),
+            ]
+        )
+    if target_name and not checks[0]["ready"]:
+        raise EnvironmentMissing(
+            f"target {checks[0]['target']} cannot run here: {checks[0]['reason']}",
+            hint=checks[0]["next"],
+        )
+
+
+def ready_text(check: dict[str, Any]) -> str:
+    """One target of the doctor's table."""
+    if check["ready"]:
+        return f"ready      {check['reason']}"
+    return f"not ready  {check['reason']}" + (f". Next: {check['next']}" if check["next"] else "")
+
+
+@cli.command()
+@click.option("--target", "names", multiple=True, required=True, help="May be given repeatedly.")
+def setup(names: tuple[str, ...]) -> None:
+    """Install what emulated targets need; at once where it is there already.
+
+    \b
+    edgewright setup --target arm
+    """
+    from edgewright.runtime import emulator
+
+    for target in [load_target(name) for name in names]:
+        emulator.setup(target, lambda text: click.echo(text, err=True))
+
+
+@cli.group()
+def cache() -> None:
+    """Look at the cache of finished stages, or empty it."""
+
+
+@cache.command("show")
+@options("json")
+def cache_show(as_json: bool) -> None:
+    """Say where the cache is and how full."""
+    store = open_cache(os.environ)
+    entries = store.entries()
+    used = sum(size for _, size, _ in entries)
+    if as_json:
+        emit_json(
+            {
+                "folder": str(store.folder),
+                "entries": len(entries),
+                "bytes": used,
+                "max_bytes": store.max_bytes,
+            }
+        )
+    else:
+        text = f"{len(entries)} stages, {used / 1e6:.1f} MB of {store.max_bytes / 1e6:.0f} MB"
+        emit_table([("folder", str(store.folder)), ("holds", text)])
+
+
+@cache.command("clear")
+def cache_clear() -> None:
+    """Remove every stage that no build is using."""
+    count, size = open_cache(os.environ).clear()
+    emit(f"removed {count} stages, {size / 1e6:.1f} MB")
+
+
+@cli.command()
+def targets() -> None:
+    """List the shipped targets."""
+    emit_table([(name, load_target(name).description) for name in target_names()])

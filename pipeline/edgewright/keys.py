@@ -1,0 +1,141 @@
+"""Cache keys: the digest of everything that can change what a stage makes.
+
+A key covers our own code, the versions of the libraries, the settings the stage depends on, the
+user's files, and the models and reports of earlier stages. It never covers times of files.
+"""
+
+import hashlib
+import importlib.metadata
+import mmap
+import os
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from edgewright.data import file_digest, source_digest
+from edgewright.errors import BadInput
+from edgewright.recipe import Recipe
+from edgewright.runtime import emulator
+from edgewright.runtime.launch import host_cpu, host_isa
+from edgewright.target import Target
+
+PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxslim", "sympy")
+VOLATILE = ("seconds", "peak_rss_bytes")  # of a report; the rest decides what follows from it
+
+
+@cache
+def code_digest() -> str:
+    """Digest of the files of this package, profiles aside (they are settings)."""
+    root = Path(__file__).parent
+    whole = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_file() and "__pycache__" not in name and not name.startswith("targets/"):
+            whole.update(f"{name}\0{file_digest(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def versions(recipe: Recipe) -> dict[str, str]:
+    """Versions of what computes; torch only where the recipe's model is made by it."""
+    names = [*PACKAGES, *(["torch"] if ".py:" in recipe.model.source else [])]
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
+    "release": lambda recipe, _: [recipe.model.name, recipe.model.version],
+    "inputs": lambda recipe, _: asdict(recipe.model)["inputs"],
+    "source": lambda recipe, _: [recipe.model.source, content(recipe, recipe.model.source)],
+    "calibration": lambda recipe, _: [
+        recipe.data.calibration,
+        content(recipe, recipe.data.calibration),
+        [recipe.data.scale, recipe.data.mean, recipe.data.std],
+    ],
+    "evaluation": lambda recipe, _: [
+        recipe.data.higher_is_better,
+        *(
+            [source, content(recipe, source) if source else ""]
+            for source in (recipe.data.evaluation, recipe.data.metric, recipe.data.per_sample)
+        ),
+    ],
+    "quantize": lambda recipe, _: asdict(recipe.quantize),
+    "min_retained": lambda recipe, _: recipe.gate.min_retained,
+    "max_latency_ratio": lambda recipe, _: recipe.gate.max_latency_ratio,
+    "gate": lambda recipe, _: [asdict(recipe.gate), sorted(recipe.raw.get("gate", {}))],
+    "budget": lambda _, target: asdict(target.budget),
+    "device": lambda _, target: [
+        target.name,
+        asdict(target.device),
+        asdict(target.runtime),
+        asdict(target.run),
+        asdict(target.int8),
+    ],
+    "profile": lambda _, target: target.raw,
+    "host": lambda _, target: [host_cpu(), sorted(host_isa()), emulator_version(target)],
+    "epoch": lambda *_: os.environ.get("SOURCE_DATE_EPOCH", ""),
+}
+
+
+MEMORY: dict[Any, str] = {}  # contents that this process has hashed
+
+
+def emulator_version(target: Target) -> str | None:
+    """The version of the emulator that the target runs in, None where it runs in none."""
+    emulated = target.run.how == "emulate"
+    return emulator.qemu_version(target.device.arch) if emulated else None
+
+
+def content(recipe: Recipe, source: str) -> str:
+    """Digest of what a source of the recipe holds; hashed again only if its files changed."""
+    if (path := recipe.path(source)).exists() and not (path.is_file() or path.is_dir()):
+        raise BadInput(f"{path}", expected="a file or a folder", found="a FIFO, socket or device")
+    facts = [(p, p.stat()) for p in source_files(recipe, source)]
+    stamp = tuple((str(p), s.st_size, s.st_mtime_ns, s.st_ino) for p, s in facts)
+    place = (str(recipe.folder), source, stamp)
+    if place not in MEMORY:
+        beside = external_data(recipe.path(source))
+        parts = [source_digest(recipe, source), *(f"{p.name}:{file_digest(p)}" for p in beside)]
+        MEMORY[place] = "\n".join(parts)
+    return MEMORY[place]
+
+
+def source_files(recipe: Recipe, source: str) -> list[Path]:
+    """The files whose change means a changed source."""
+    path = recipe.path(source.rpartition(":")[0] if ".py:" in source else source)
+    if ".py:" in source:
+        return sorted(p for p in path.parent.iterdir() if p.is_file()) if path.is_file() else []
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file())
+    return [path, *external_data(path)] if path.is_file() else []
+
+
+LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f]|[\x80-\xff][\x01-\x7f])")
+
+
+def external_data(path: Path) -> list[Path]:
+    """Files beside or below an ONNX file that it names as holding its weights.
+
+    Found by the bytes of the protobuf field, so that nothing untrusted is parsed here; what
+    the model may really read is decided where it is admitted.
+    """
+    if path.suffix != ".onnx" or not path.is_file() or path.stat().st_size == 0:
+        return []
+    found = set()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for match in LOCATION.finditer(data):
+            size = match[1]
+            length = size[0] if len(size) == 1 else (size[0] & 0x7F) | size[1] << 7
+            name = Path(data[match.end() : match.end() + length].decode("utf-8", "replace"))
+            inside = not name.is_absolute() and ".." not in name.parts and "\0" not in str(name)
+            if inside and (path.parent / name).is_file():
+                found.add(path.parent / name)
+    return sorted(found)
