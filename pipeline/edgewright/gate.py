@@ -27,13 +27,6 @@ MEMORY_SLACK = 256 << 10  # bytes
 SIGNIFICANCE = 0.05
 # Conditions of the target: they can fail a model, but passing them proves no quality.
 DEMANDS = ("runs", "min_provider_share")
-DETERMINISTIC = (
-    "min_retained",
-    "min_agreement",
-    "max_size_ratio",
-    "max_size_bytes",
-    "min_provider_share",
-)
 
 
 def run(job: Job) -> Report:
@@ -107,17 +100,6 @@ def overall(checks: list[Check]) -> Verdict:
         return FAIL
     judged = any(c["verdict"] == PASS for c in limits(checks))
     return INCONCLUSIVE if INCONCLUSIVE in found or not judged else PASS
-
-
-def public(report: Report) -> Report:
-    """The part of a gate report that is the same for the same inputs: no times, no memory."""
-    checks = []
-    for check in report["checks"]:
-        kept = {key: check[key] for key in ("name", "limit", "verdict")}
-        if check["name"] in DETERMINISTIC:
-            kept["value"] = check["value"]
-        checks.append(kept)
-    return {"verdict": report["verdict"], "checks": checks}
 
 
 def check(

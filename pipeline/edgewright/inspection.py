@@ -4,7 +4,6 @@ Runs as a stage of its own in a limited child: the model is admitted first.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import onnx
@@ -50,8 +49,8 @@ def describe(model: onnx.ModelProto) -> Report:
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
         "opset": graph.opset(model),
         "ir_version": model.ir_version,
-        "inputs": [value_facts(v) for v in graph.real_inputs(model)],
-        "outputs": [value_facts(v) for v in model.graph.output],
+        "inputs": [graph.value_facts(v) for v in graph.real_inputs(model)],
+        "outputs": [graph.value_facts(v) for v in model.graph.output],
         "nodes": graph.count_nodes(model),
         "operators": graph.op_histogram(model),
         "parameters": graph.parameter_count(model),
@@ -60,17 +59,6 @@ def describe(model: onnx.ModelProto) -> Report:
         "macs_by_operator": dict(sorted(macs.items())),
         "macs_unknown": unknown,
     }
-
-
-def value_facts(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    """Name, dtype and shape; a free dimension by its name, or None."""
-    kind = value.type.tensor_type
-    shape = [
-        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or None)
-        for d in kind.shape.dim
-    ]
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
-    return {"name": value.name, "dtype": dtype, "shape": shape}
 
 
 def work(model: onnx.ModelProto) -> tuple[dict[str, int], str]:

@@ -2,9 +2,9 @@
 
 import hashlib
 import heapq
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +12,7 @@ from onnx import numpy_helper
 
 from edgewright.data import InputSpec
 from edgewright.errors import BadInput
+from edgewright.files import write_atomic
 
 MAX_BYTES = (1 << 31) - 1  # the largest protobuf message
 
@@ -30,20 +31,6 @@ def save(model: onnx.ModelProto, path: Path) -> None:
             found=f"{model.ByteSize() / 2**30:.1f} GiB",
         )
     write_atomic(path, model.SerializeToString(deterministic=True))
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write all of `data` or nothing: a temporary file beside, flushed, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def sha256(data: bytes) -> str:
@@ -81,6 +68,21 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
         specs.append(InputSpec(value.name, dtype, shape))
     return specs
+
+
+def value_facts(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    """Name, dtype and shape of a graph input or output; free dimensions by name, or None."""
+    kind = value.type.tensor_type
+    shape: list[int | str | None] | None = None
+    if kind.HasField("shape"):
+        shape = [
+            (d.dim_value if d.dim_value > 0 else None)
+            if d.HasField("dim_value")
+            else (d.dim_param or None)
+            for d in kind.shape.dim
+        ]
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
+    return {"name": value.name, "dtype": dtype, "shape": shape}
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

@@ -88,7 +88,7 @@ class Recipe:
     data: DataSettings
     quantize: QuantizeSettings = QuantizeSettings()
     gate: GateSettings = GateSettings()
-    folder: Path = Path(".")
+    folder: Path = Path()
     raw: dict[str, Any] = field(default_factory=dict)
 
     def path(self, text: str) -> Path:
@@ -148,7 +148,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
                     expected=f"{len(item.shape)} numbers of at least 1",
                     found=str(list(item.typical)),
                 )
-            for size, fixed in zip(item.typical, item.shape):
+            for size, fixed in zip(item.typical, item.shape, strict=True):
                 if isinstance(fixed, int) and fixed != size:
                     raise BadInput(
                         f"{where}: typical size of input '{name}'",

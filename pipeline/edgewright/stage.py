@@ -18,10 +18,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from edgewright import errors
 from edgewright.errors import BadInput, EdgewrightError, EnvironmentMissing
@@ -29,7 +29,17 @@ from edgewright.recipe import Recipe, parse_recipe
 from edgewright.target import Target, parse_target
 
 Report = dict[str, Any]
-Tell = Callable[[str, int, int], None]  # text, done, total (total 0: unknown)
+
+
+class Tell(Protocol):
+    """Progress: what is being done, how far it is, of how much (0: not known)."""
+
+    def __call__(self, text: str, done: int = 0, total: int = 0) -> None: ...
+
+
+def say_nothing(text: str, done: int = 0, total: int = 0) -> None:
+    """Progress that nobody watches."""
+
 
 ADDRESS_SPACE = int(os.environ.get("EDGEWRIGHT_ADDRESS_SPACE", 64 << 30))
 TIMEOUT_S = float(os.environ.get("EDGEWRIGHT_STAGE_TIMEOUT_S", 3 * 3600))
@@ -50,7 +60,7 @@ class Job:
     model: Path | None = None
     models: dict[str, Path] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
-    tell: Tell = lambda text, done=0, total=0: None
+    tell: Tell = say_nothing
 
     def input_model(self) -> Path:
         """The model to work on."""
@@ -63,7 +73,7 @@ class Job:
         return self.folder / "model.onnx"
 
 
-def run_in_child(stage: str, job: Job, tell: Tell) -> Report:
+def run_in_child(stage: str, job: Job, tell: Callable[[str, int, int], None]) -> Report:
     """Run the stage module `edgewright.<stage>` on the job in a limited child process.
 
     Returns the report with `seconds` and `peak_rss_bytes` added. Raises what the stage raised.
@@ -154,10 +164,8 @@ def death(stage: str, code: int, late: bool, said: str) -> EdgewrightError:
 
 def kill_group(pid: int) -> None:
     """End a child and everything it started."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def die_with_parent(parent: int) -> None:

@@ -19,8 +19,8 @@ import pytest
 import rfc8785
 from jsonschema import Draft202012Validator
 
-from edgewright import bundle, gate
-from edgewright.bundle import assemble, golden, manifest, tarball
+from edgewright import bundle
+from edgewright.bundle import assemble, evidence, golden, manifest, tarball
 from edgewright.device.verify import extract, verify
 from edgewright.errors import (
     BadInput,
@@ -175,7 +175,7 @@ def test_gate_report_goes_in(tmp_path):
     content = verify(path)
     assert content["gate"] == {"verdict": "PASS", "report": "report/gate.json"}
     inside = {name: data for name, data, _ in unpack(path)}["report/gate.json"]
-    assert json.loads(inside) == gate.public(report)
+    assert json.loads(inside) == evidence.public(report)
 
 
 def test_golden_is_what_the_model_gives(whole):

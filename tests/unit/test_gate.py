@@ -8,6 +8,7 @@ import math
 import pytest
 
 from edgewright import gate, measure
+from edgewright.bundle import evidence
 from edgewright.recipe import GateSettings
 from edgewright.target import Budget
 
@@ -358,8 +359,8 @@ def test_the_public_part_holds_no_times():
     one_day = decide(settings)
     other_day = decide(settings, measured=with_latency(0.45, 0.47, 0.49))
     assert one_day != other_day
-    assert gate.public(one_day) == gate.public(other_day)
-    values = {c["name"]: c.get("value") for c in gate.public(one_day)["checks"]}
+    assert evidence.public(one_day) == evidence.public(other_day)
+    values = {c["name"]: c.get("value") for c in evidence.public(one_day)["checks"]}
     assert values == {
         "min_retained": 1.0,
         "max_latency_ratio": None,

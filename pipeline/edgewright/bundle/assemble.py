@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
-from edgewright import data, gate
+from edgewright import data
 from edgewright import model as models
-from edgewright.bundle import golden, manifest, tarball
+from edgewright.bundle import evidence, golden, manifest, tarball
 from edgewright.errors import BadInput, UsageError
 from edgewright.runtime.launch import open_on_target
 from edgewright.runtime.session import RUN_TIMEOUT_S
@@ -48,7 +47,7 @@ def run(job: Job) -> Report:
     }
     verdict = None
     if gate_report := job.reports.get("gate"):
-        files[manifest.GATE_REPORT] = manifest.canonical(gate.public(gate_report))
+        files[manifest.GATE_REPORT] = manifest.canonical(evidence.public(gate_report))
         verdict = {"verdict": gate_report["verdict"], "report": manifest.GATE_REPORT}
     entries = [entry(name, source) for name, source in sorted(files.items())]
     text = manifest.dump(
@@ -205,21 +204,6 @@ def operators_config(model: onnx.ModelProto) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def value_facts(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    """Name, dtype and shape of a graph input or output."""
-    kind = value.type.tensor_type
-    shape: list[int | str | None] | None = None
-    if kind.HasField("shape"):
-        shape = [
-            (d.dim_value if d.dim_value > 0 else None)
-            if d.HasField("dim_value")
-            else (d.dim_param or None)
-            for d in kind.shape.dim
-        ]
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
-    return {"name": value.name, "dtype": dtype, "shape": shape}
-
-
 def describe(
     job: Job,
     model: onnx.ModelProto,
@@ -257,8 +241,8 @@ def describe(
             "bytes": file["size"],
             "opset": {domain_name(o.domain): o.version for o in model.opset_import},
             "ir_version": model.ir_version,
-            "inputs": [value_facts(v) for v in models.real_inputs(model)],
-            "outputs": [value_facts(v) for v in model.graph.output],
+            "inputs": [models.value_facts(v) for v in models.real_inputs(model)],
+            "outputs": [models.value_facts(v) for v in model.graph.output],
             "quantization": quantization(job.reports.get("quantize")),
         },
         "golden": {

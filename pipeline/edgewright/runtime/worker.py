@@ -11,6 +11,7 @@ the arrays the header lists as {"name", "dtype", "shape"}. Requests carry "op"; 
 import json
 import os
 import resource
+import signal
 import sys
 import time
 
@@ -263,8 +264,19 @@ def serve(source, sink):
             send(sink, {"error": {"kind": kind, "text": str(error)[:2000]}})
 
 
+def die_with_parent():
+    """Ask the kernel to end this process with its parent (Linux, PR_SET_PDEATHSIG = 1)."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    except (ImportError, OSError, AttributeError):
+        pass  # the end of standard input ends the worker, too, only later
+
+
 def main():
     """Set limits (first argument: bytes of address space, 0 for none), then serve."""
+    die_with_parent()
     limit = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     if limit:
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
