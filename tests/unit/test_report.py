@@ -386,3 +386,18 @@ def test_forms(form, value, expected):
 )
 def test_times(ratio, expected):
     assert tables.times_text(ratio, "faster", "slower", "as fast") == expected
+
+
+def test_what_the_quantizer_tried_is_told():
+    kept = {"step": "equalization", "pairs": 3, "kept": True}
+    rows = [
+        kept | {"sqnr_db_before": 14.7, "sqnr_db_after": 15.9},
+        {"step": "rollback", "regions_in_float": 2, "retained": 0.9985},
+        {"step": "correction", "correction": "<b>", "kept": False, "reason": "singular"},
+        {"step": "pay", "cpu_ratio": 0.451},
+    ]
+    cells = [html.choice_row(row) for row in rows]
+    assert cells[0] == ("equalization", "14.7 dB → 15.9 dB on held-out inputs", "kept")
+    assert cells[1][1].startswith("2 regions in float: 99.85")
+    assert cells[2] == ("<b>", "singular", "dropped")
+    assert cells[3][1] == "0.45 of the float model's time"

@@ -186,7 +186,29 @@ def quantize(report: tables.Report) -> dict[str, Any]:
         "int8": len(nodes) - len(kept),
         "float": len(kept),
         "groups": groups,
+        "choices": [choice_row(row) for row in rows(report.get("choices"))],
     }
+
+
+def choice_row(row: tables.Report) -> tuple[str, str, str]:
+    """One thing the quantizer tried: what, what came of it, what was decided."""
+    step = plain(row.get("step"))
+    label = plain(row.get("correction")) if row.get("correction") else step
+    before, after = number(row.get("sqnr_db_before")), number(row.get("sqnr_db_after"))
+    if before is not None and after is not None:
+        found = f"{before:.1f} dB → {after:.1f} dB on held-out inputs"
+        return label, found, "kept" if row.get("kept") else "dropped: it does not help here"
+    retained = number(row.get("retained"))
+    if retained is not None:
+        regions = row.get("regions_in_float") or 0
+        where = f"{regions} regions in float" if regions else "all planned nodes int8"
+        wanted = number(row.get("wanted"))
+        goal = f"wanted: {tables.share_text(wanted)}" if wanted is not None else ""
+        return label, f"{where}: {tables.share_text(retained)} of the metric kept", goal
+    ratio = number(row.get("cpu_ratio"))
+    if ratio is not None:
+        return "does int8 pay", f"{ratio:.2f} of the float model's time", ""
+    return label, plain(row.get("reason")), "dropped" if row.get("kept") is False else ""
 
 
 def digests(report: tables.Report) -> list[tuple[str, str]]:
