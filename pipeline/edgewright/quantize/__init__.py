@@ -168,6 +168,14 @@ def hold_metric(
     ]
     if share >= wanted:
         return plan, quantized, choices
+    if corrections:
+        # Closer to the original is not always better by the user's metric: ask before giving
+        # up any int8.
+        plain = build.write(ingredients, plan)
+        plain_share = retained(plain)
+        choices.append({"step": "metric without corrections", "retained": round(plain_share, 5)})
+        if plain_share >= wanted:
+            return plan, plain, choices
     rolled, model, tried = rollback.roll_back(
         ingredients, plan, corrections, retained, wanted, enough, job.tell
     )
