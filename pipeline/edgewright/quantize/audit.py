@@ -21,6 +21,7 @@ FUSED = {
     "MatMul": ("QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"),
     "Gemm": ("QGemm",),
 }
+FLOAT_LAYERS = (*CORE, "FusedConv", "NhwcFusedConv", "FusedGemm", "FusedMatMul")
 INT8 = (
     *{op for ops in FUSED.values() for op in ops},
     "QLinearAdd",
@@ -50,6 +51,11 @@ def optimized_graph(path: Path, target: Target, folder: Path) -> onnx.ModelProto
     return model
 
 
+def own_name(name: str) -> str:
+    """A node's name before the runtime fused it with what follows."""
+    return name.removeprefix("fused ").removesuffix("/MatMulAddFusion")
+
+
 def audit(
     quantized: Path, planned: list[str], target: Target, folder: Path
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
@@ -60,7 +66,7 @@ def audit(
     counts: dict[str, int] = {}
     for node in all_nodes(graph.graph):
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    left = {n.name: n.op_type for n in all_nodes(graph.graph) if n.op_type in CORE}
+    left = {own_name(n.name) for n in all_nodes(graph.graph) if n.op_type in FLOAT_LAYERS}
     planned_ops = {n.name: n.op_type for n in load(quantized).graph.node}
     strays = [
         {
@@ -69,10 +75,10 @@ def audit(
             "reason": "asked to be int8, but the runtime did not fuse it",
         }
         for name in planned
-        if name in left and planned_ops.get(name) == left[name]
+        if name in left and planned_ops.get(name) in CORE
     ]
     int8 = {op: n for op, n in sorted(counts.items()) if op in INT8}
-    floats = {op: counts[op] for op in (*CORE, "FusedConv", "FusedGemm") if op in counts}
+    floats = {op: counts[op] for op in FLOAT_LAYERS if op in counts}
     return {
         "available": True,
         "int8_kernels": int8,

@@ -1,9 +1,10 @@
 """Statistics of activations over calibration data: one streaming pass, bounded memory.
 
 Per tensor the pass keeps the exact extrema and a histogram of fixed size. A histogram covers
-[-2**e, 2**e] with BINS bins of equal width; when a value falls outside, e grows and
+[-2**e, 2**e) with BINS bins of equal width; when a value falls outside, e grows and
 neighbouring bins are merged pair by pair, which is exact: the result does not depend on the
-order or grouping of the samples, and two histograms can be added.
+order or grouping of the samples, and two histograms can be added. (Of tensors with more than
+SUBSAMPLE elements only some enter the histogram; which ones moves on from sample to sample.)
 """
 
 import math
@@ -49,29 +50,29 @@ class Statistics:
         if not (math.isfinite(low) and math.isfinite(high)):
             self.low, self.high = -math.inf, math.inf  # told apart by `take`
             return
-        self.widen(max(abs(low), abs(high)))
+        # frexp's exponent is the least e with peak < 2**e: the end itself would belong to
+        # different bins before and after a merge.
+        peak = max(abs(low), abs(high))
+        self.widen(max(math.frexp(peak)[1], TINY) if peak else TINY)
         flat = value.reshape(-1)
         stride = -(-flat.size // SUBSAMPLE)
         if stride > 1:
             stride += 1 - stride % 2  # odd: does not stay in step with even-sized rows
             flat = flat[self.samples % stride :: stride]
-        # One multiplication by a power of two and one cut: no rounding decides a bin.
-        position = flat.astype(np.float32) * np.float32(2.0**-self.exponent * (BINS // 2))
+        # One multiplication by a power of two and one cut: no rounding decides a bin. A factor
+        # below 1 could take a tiny value to zero in float32, and its sign with it.
+        factor = 2.0**-self.exponent * (BINS // 2)
+        kind = np.dtype(np.float32 if factor >= 1 else np.float64)
+        position = flat.astype(kind) * np.asarray(factor, kind)
         index = np.floor(position).astype(np.int32) + BINS // 2
-        np.minimum(index, BINS - 1, out=index)  # the value 2**e itself
         self.counts += np.bincount(index, minlength=BINS)
 
-    def widen(self, peak: float) -> None:
-        """Grow the covered range until it holds `peak`, merging bins pair by pair."""
-        if peak == 0:
-            return
-        wanted = max(int(np.ceil(np.log2(peak))), TINY)
-        while 2.0**wanted < peak:
-            wanted += 1
+    def widen(self, exponent: int) -> None:
+        """Grow the covered range to 2**exponent, merging bins pair by pair."""
         if not self.counts.any():
-            self.exponent = max(self.exponent, wanted)
+            self.exponent = max(self.exponent, exponent)
             return
-        while self.exponent < wanted:
+        while self.exponent < exponent:
             half = self.counts.reshape(-1, 2).sum(axis=1)
             self.counts = np.zeros(BINS, np.int64)
             self.counts[BINS // 4 : BINS // 4 + BINS // 2] = half
@@ -81,9 +82,9 @@ class Statistics:
         """Add the samples of another pass over the same tensor."""
         if other.samples == 0:
             return
-        self.widen(2.0**other.exponent)
+        self.widen(other.exponent)
         grown = Statistics(exponent=other.exponent, counts=other.counts.copy())
-        grown.widen(2.0**self.exponent)
+        grown.widen(self.exponent)
         self.counts = self.counts + grown.counts
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.samples += other.samples

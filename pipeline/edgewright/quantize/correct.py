@@ -52,7 +52,7 @@ def find_biases(model: onnx.ModelProto, nodes: Iterable[str]) -> tuple[list[Bias
         elif len(node.input) > 2 and node.input[2]:
             name = node.input[2]
         elif node.op_type == "Conv" and node.input[1] in stored:
-            name = f"{node.name}_bias"
+            name = unused_name(graph, f"{node.name}_bias")
             zeros = np.zeros(stored[node.input[1]].dims[0], np.float32)
             graph.initializer.append(numpy_helper.from_array(zeros, name))
             stored = initializers(graph)
@@ -66,6 +66,18 @@ def find_biases(model: onnx.ModelProto, nodes: Iterable[str]) -> tuple[list[Bias
             axis = 1 if node.op_type == "Conv" else -1
             found.append(Bias(node.name, node.output[0], axis, name))
     return found, without
+
+
+def unused_name(graph: onnx.GraphProto, wanted: str) -> str:
+    """The name, with a number behind it where the graph has such a tensor already."""
+    taken = {o for n in graph.node for o in n.output} | set(initializers(graph))
+    taken |= {v.name for v in graph.input}
+    number = 1
+    name = wanted
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    return name
 
 
 def channel_mean(value: np.ndarray, axis: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from edgewright.data import Feed
+from edgewright.model import reads
 from edgewright.quantize.calibrate import expose
 from edgewright.runtime.local import open_local
 
@@ -24,14 +25,14 @@ def judged_tensors(model: onnx.ModelProto) -> list[str]:
     """The tensors to compare: each float output, or what its last squashing function reads."""
     makers = {o: n for n in model.graph.node for o in n.output if o}
     kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.output}
-    found = []
+    found: list[str] = []
     for output in model.graph.output:
         if kinds[output.name] != onnx.TensorProto.FLOAT:
             continue
         name, node = output.name, makers.get(output.name)
         while node is not None and node.op_type in PASSING:
             node = makers.get(node.input[0])
-        if node is not None and node.op_type in SQUASHING:
+        if node is not None and node.op_type in SQUASHING and node.input[0] in makers:
             name = node.input[0]
         found.append(name)
     return list(dict.fromkeys(found))
@@ -40,9 +41,30 @@ def judged_tensors(model: onnx.ModelProto) -> list[str]:
 def values_of(
     model: onnx.ModelProto, tensors: list[str], feeds: Iterable[Feed]
 ) -> list[list[np.ndarray]]:
-    """The named tensors of the model for each feed."""
-    session = open_local(expose(model, tensors).SerializeToString(), threads=2)
-    return [session.run(feed, tensors) for feed in feeds]
+    """The named tensors of the model for each feed, as their readers see them."""
+    inputs = {v.name for v in model.graph.input}
+    seen = {name: behind_pair(model, name) for name in tensors if name not in inputs}
+    places = list(seen.values())
+    session = open_local(expose(model, places).SerializeToString(), threads=2)
+    rows = []
+    for feed in feeds:
+        made = dict(zip(seen, session.run(feed, places) if places else [], strict=True))
+        rows.append([made[n] if n in made else feed[n] for n in tensors])
+    return rows
+
+
+def behind_pair(model: onnx.ModelProto, name: str) -> str:
+    """The tensor's dequantized form, where all that reads it is the head of a Q/DQ pair.
+
+    Before the pair it can be another value: an activation that the pair replaced is missing.
+    """
+    readers = [n for n in model.graph.node if name in reads(n)]
+    outputs = {o.name for o in model.graph.output}
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear" or name in outputs:
+        return name
+    codes = readers[0].output[0]
+    tails = (n for n in model.graph.node if n.op_type == "DequantizeLinear")
+    return next((n.output[0] for n in tails if n.input[0] == codes), name)
 
 
 def sqnr_db(reference: list[list[np.ndarray]], values: list[list[np.ndarray]]) -> float:

@@ -121,7 +121,7 @@ def columns_of(layer: Layer, x: np.ndarray, sample: int) -> np.ndarray:
         flat = x.reshape(-1, layer.columns)
         return thin(flat.T, sample)[None]
     rank = len(layer.kernel)
-    if all(k == 1 for k in layer.kernel):
+    if all(k == 1 for k in layer.kernel) and not any(layer.pads):
         cut = x[(slice(None), slice(None), *(slice(None, None, s) for s in layer.strides))]
         return thin(np.moveaxis(cut, 1, 0).reshape(layer.groups, layer.columns, -1), sample)
     pads = [(layer.pads[i], layer.pads[i + rank]) for i in range(rank)]
@@ -159,7 +159,8 @@ def input_moments(
     """Centred second moments of the inputs of each layer: node name -> (groups, n, n) float64.
 
     Centred, because bias correction takes the mean away. Layers with more than MAX_COLUMNS
-    columns are left out. Memory: the sums, plus FETCH_BYTES of activations.
+    columns are left out. Memory: the sums, plus FETCH_BYTES of activations. Summed in float32
+    around the first sample's mean: around zero, a mean far from it would swallow the variance.
     """
     fitting = [la for la in layers if la.columns <= MAX_COLUMNS]
     if not fitting:
@@ -167,6 +168,7 @@ def input_moments(
     inputs = {v.name for v in model.graph.input}
     names = list(dict.fromkeys(la.input for la in fitting))
     session = open_local(expose(model, names).SerializeToString(), threads=2)
+    origins: dict[str, np.ndarray] = {}
     squares: dict[str, np.ndarray] = {}
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
@@ -185,6 +187,7 @@ def input_moments(
                 if la.input not in values:
                     continue
                 x = columns_of(la, values[la.input], k).astype(np.float32)
+                x = x - origins.setdefault(la.node, x.mean(axis=2, keepdims=True))
                 squares[la.node] = squares.get(la.node, 0.0) + x @ np.swapaxes(x, 1, 2)
                 sums[la.node] = sums.get(la.node, 0.0) + x.sum(axis=2, dtype=np.float64)
                 counts[la.node] = counts.get(la.node, 0) + x.shape[2]

@@ -3,7 +3,8 @@
 A convolution's output that is only read through an activation (HardSwish, SiLU, GELU, Clip,
 also written as several element-wise nodes) need not be exact where the activation is flat.
 `responses` finds those tensors and tabulates the function, so that the range can be chosen by
-the error after it.
+the error after it. A squashing function that ends the model is left out: confident answers
+must keep their order, so what goes into it is judged (see `fidelity`).
 """
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx
 
 from edgewright.model import consumers, initializers
 from edgewright.quantize.calibrate import Statistics
+from edgewright.quantize.fidelity import judged_tensors
 from edgewright.runtime.local import open_local
 
 ELEMENTWISE = frozenset(
@@ -25,7 +27,7 @@ def responses(
 ) -> dict[str, np.ndarray]:
     """For each tensor that is only read through a scalar function: its values at the bins."""
     stored, readers = initializers(model.graph), consumers(model.graph.node)
-    outputs = {o.name for o in model.graph.output}
+    outputs = {o.name for o in model.graph.output} | set(judged_tensors(model))
     found = {}
     for name in tensors:
         part = scalar_function(name, stored, readers, outputs)
@@ -45,13 +47,14 @@ def scalar_function(
     """The element-wise nodes after `start` and the one tensor that leaves them, or None.
 
     Every reader of `start` must lie inside, so that nobody else sees the tensor itself.
+    outputs: tensors behind which no function is looked through.
     """
     inside = {start}
     nodes: list[onnx.NodeProto] = []
     grown = True
     while grown:
         grown = False
-        for name in sorted(inside):
+        for name in sorted(inside - outputs):
             for node in readers.get(name, []):
                 if node in nodes or node.op_type not in ELEMENTWISE or node.output[0] in inside:
                     continue

@@ -46,13 +46,19 @@ def nearest(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def round_by_output(
-    weight: np.ndarray, scales: np.ndarray, moments: np.ndarray, damping: float = 0.01
+    weight: np.ndarray,
+    scales: np.ndarray,
+    moments: np.ndarray,
+    damping: float = 0.01,
+    limit: int = QMAX,
 ) -> np.ndarray:
-    """Codes that keep the layer's output; shapes as in `nearest`, moments (groups, n, n).
+    """Codes of at most `limit` that keep the output; shapes as in `nearest`.
 
-    damping: share of the mean diagonal added to the diagonal, so that inputs that are always
-    zero or always alike do not let errors run away. Columns go in the order of falling
-    diagonal: the ones that matter most are rounded while the most freedom is left.
+    moments: (groups, n, n). limit: the largest code that the scales are made for; passing an
+    error on must not push others beyond it. damping: share of the mean diagonal added to the
+    diagonal, so that inputs that are always zero or always alike do not let errors run away.
+    Columns go in the order of falling diagonal: the ones that matter most are rounded while the
+    most freedom is left.
     """
     groups, _, n = weight.shape
     h = moments.astype(np.float64).copy()
@@ -76,7 +82,7 @@ def round_by_output(
         errors = np.zeros_like(block)
         for k in range(end - start):
             column = start + k
-            code = np.clip(np.round(block[:, :, k] / step), -QMAX, QMAX)
+            code = np.clip(np.round(block[:, :, k] / step), -limit, limit)
             codes[:, :, column] = code
             error = (block[:, :, k] - code * step) / upper[:, column, column][:, None]
             block[:, :, k:] -= error[:, :, None] * upper[:, None, column, column:end]
