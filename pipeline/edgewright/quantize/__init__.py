@@ -12,17 +12,20 @@ import onnx
 
 from edgewright import model as graph
 from edgewright.data import Feed, samples
+from edgewright.errors import BadInput
 from edgewright.metric import Metric, has_metric
 from edgewright.quantize import audit, build, fidelity, placement, rollback
 from edgewright.quantize.calibrate import collect
 from edgewright.quantize.equalize import equalize
 from edgewright.quantize.layers import find_layers
 from edgewright.quantize.response import responses
+from edgewright.runtime.launch import launch_for
 from edgewright.runtime.local import open_local
 from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report
 
 HELD_SAMPLES = 12
+OLDEST_OPSET = 13  # DequantizeLinear with an axis
 MUST_PAY = 0.97  # int8 that is not clearly faster is not worth what it costs the metric
 
 
@@ -33,7 +36,8 @@ def run(job: Job) -> Report:
         return stay_float(job, "the recipe says scope = 'off'")
     if scheme.style == "none":
         return stay_float(job, f"target {job.target.name} has no int8 kernels worth using")
-    model = graph.load(source)
+    launch_for(job.target)  # what cannot run here is told before the work, not after it
+    model = ready(graph.load(source))
     plan = placement.choose(model, settings)
     if not any(n.op_type in placement.CORE for n in model.graph.node if n.name in plan.nodes):
         return stay_float(job, "no layer of the model has an int8 kernel here", plan.reasons)
@@ -58,6 +62,31 @@ def run(job: Job) -> Report:
     return report(job, model, plan, figures, strays, choices, ingredients, quantized)
 
 
+def ready(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a name of its own for every node, and with the types of its tensors.
+
+    Raises BadInput where the operator set is too old for a scale per channel.
+    """
+    if graph.opset(model) < OLDEST_OPSET:
+        raise BadInput(
+            "int8 needs a newer operator set",
+            expected=f"opset {OLDEST_OPSET} or later",
+            found=f"opset {graph.opset(model)}",
+            hint="run `edgewright simplify` first, it raises the opset",
+        )
+    taken = {n.name for n in graph.all_nodes(model.graph)}
+    seen: set[str] = set()
+    for k, node in enumerate(graph.all_nodes(model.graph)):
+        if not node.name or node.name in seen:
+            name = f"{node.op_type}_{k}"
+            while name in taken:
+                name += "_"
+            node.name = name
+            taken.add(name)
+        seen.add(node.name)
+    return onnx.shape_inference.infer_shapes(model)
+
+
 def equalized(
     job: Job, model: onnx.ModelProto, plan: placement.Placement
 ) -> tuple[build.Ingredients, list[dict[str, Any]]]:
@@ -72,12 +101,7 @@ def equalized(
     if pairs == 0:
         return ingredients, []
     other = prepare(job, changed, plan)
-    before, after = (
-        build.judge(c, build.write(c, plan))
-        for c in (
-            build.corrected(i, plan, ["bias correction"], job.tell) for i in (ingredients, other)
-        )
-    )
+    before, after = (build.closeness(i, plan, job.tell) for i in (ingredients, other))
     kept = after > before + build.WORSE_DB
     choice = {
         "step": "equalization",

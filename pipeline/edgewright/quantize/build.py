@@ -9,7 +9,7 @@ from onnx import numpy_helper
 
 from edgewright.data import Feed
 from edgewright.errors import BadInput
-from edgewright.model import initializers
+from edgewright.model import consumers, initializers
 from edgewright.quantize import correct, embeddings, fidelity, layers, ranges, rounding
 from edgewright.quantize.calibrate import Statistics
 from edgewright.quantize.placement import Placement
@@ -70,16 +70,31 @@ def activation_ranges(
     return found
 
 
+def largest_code(scheme: Int8Scheme) -> int:
+    """The largest weight code: half where pairs of products saturate 16 bits.
+
+    VPMADDUBSW adds two products of 8 bits in 16: 255 * 63 * 2 = 32130 fits, 255 * 127 * 2 does
+    not.
+    """
+    return rounding.QMAX // 2 if scheme.saturates else rounding.QMAX
+
+
 def weight_scales(
     model: onnx.ModelProto, found: list[layers.Layer], scheme: Int8Scheme
 ) -> dict[str, WeightScales]:
-    """Symmetric scales of the layers' weights from their peaks, per channel where asked."""
+    """Symmetric scales of the layers' weights from their peaks, per channel where asked.
+
+    A weight that layers read along different axes gets one scale for all.
+    """
     stored = initializers(model.graph)
+    axes: dict[str, set[int]] = {}
+    for layer in found:
+        axes.setdefault(layer.weight, set()).add(layer.channel_axis)
     scales = {}
+    limit = largest_code(scheme)
     for layer in found:
         weight = numpy_helper.to_array(stored[layer.weight])
-        limit = rounding.QMAX // 2 if scheme.saturates else rounding.QMAX
-        if scheme.per_channel:
+        if scheme.per_channel and len(axes[layer.weight]) == 1:
             peak = np.abs(layer.matrix(weight)).max(axis=2).reshape(-1)
             axis: int | None = layer.channel_axis
         else:
@@ -156,6 +171,15 @@ def corrected(
     return changed
 
 
+def closeness(ingredients: Ingredients, placement: Placement, tell: Tell) -> float:
+    """SQNR in dB with corrected biases, or without where they cannot be corrected."""
+    try:
+        changed = corrected(ingredients, placement, ["bias correction"], tell)
+    except BadInput:  # `adjust` tries it, too, and reports why it failed
+        changed = ingredients
+    return judge(changed, write(changed, placement))
+
+
 def copy_of(ingredients: Ingredients) -> Ingredients:
     """The same with a model of its own."""
     model = onnx.ModelProto()
@@ -181,10 +205,12 @@ def round_weights(ingredients: Ingredients, placement: Placement, tell: Tell) ->
     """
     found, _ = correct.find_biases(ingredients.model, placement.nodes)
     with_bias = {b.node for b in found}
+    readers = consumers(ingredients.model.graph.node)
     chosen = [
         la
         for la in layers.find_layers(ingredients.model, placement.nodes)
         if la.node in with_bias and la.weight in ingredients.weights
+        if len(readers[la.weight]) == 1  # a shared weight cannot suit the inputs of both
     ]
     moments = layers.input_moments(ingredients.model, chosen, lambda: iter(ingredients.fit), tell)
     stored = initializers(ingredients.model.graph)
@@ -195,8 +221,10 @@ def round_weights(ingredients: Ingredients, placement: Placement, tell: Tell) ->
         weight = numpy_helper.to_array(stored[layer.weight])
         matrix = layer.matrix(weight)
         values = ingredients.weights[layer.weight].values.astype(np.float64)
-        scale = np.broadcast_to(values.reshape(layer.groups, -1), matrix.shape[:2])
-        codes = rounding.round_by_output(matrix, scale, moments[layer.node])
+        shape = matrix.shape[:2] if values.size > 1 else (1, 1)
+        scale = np.broadcast_to(values.reshape(shape), matrix.shape[:2])
+        limit = largest_code(ingredients.scheme)
+        codes = rounding.round_by_output(matrix, scale, moments[layer.node], limit=limit)
         rounded = layer.stored(codes * scale[..., None], weight).astype(np.float32)
         stored[layer.weight].CopyFrom(numpy_helper.from_array(rounded, layer.weight))
     correct_biases(ingredients, placement, tell)

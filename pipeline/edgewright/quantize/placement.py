@@ -10,9 +10,10 @@ import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
-from edgewright.model import all_nodes, consumers, initializers
+from edgewright.model import all_nodes, array, consumers, initializers
 from edgewright.quantize import embeddings
 from edgewright.recipe import QuantizeSettings
 
@@ -138,6 +139,10 @@ def core_reason(
             return "its weight is not float32"
         if node.op_type == "MatMul" and len(weight.dims) < 2:
             return "its weight is a vector"
+    if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2]:
+        bias, width = stored.get(node.input[2]), channels(node, weight)
+        if bias is None or list(bias.dims) != [width]:
+            return "its bias is not one stored value per channel"
     if node.op_type == "Gemm":
         flags = {a.name: a for a in node.attribute}
         if "transA" in flags and flags["transA"].i:
@@ -145,6 +150,13 @@ def core_reason(
         if any(k in flags and flags[k].f != 1.0 for k in ("alpha", "beta")):
             return "Gemm with alpha or beta has no int8 kernel"
     return None
+
+
+def channels(node: onnx.NodeProto, weight: onnx.TensorProto | None) -> int:
+    """Output channels of a Conv or Gemm with a stored weight."""
+    assert weight is not None
+    rows = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
+    return int(weight.dims[0 if rows else 1])
 
 
 def grow(
@@ -163,7 +175,7 @@ def grow(
     graph = model.graph
     stored, floats = initializers(graph), float_tensors(model)
     makers = {o: n for n in graph.node for o in n.output if o}
-    readers = consumers(graph.node)
+    readers, outputs = consumers(graph.node), {o.name for o in graph.output}
     candidates = {}
     for node in graph.node:
         if node.name not in allowed or node.name in chosen or node.output[0] not in floats:
@@ -176,6 +188,9 @@ def grow(
             continue
         if node.op_type == "Resize" and not nearest(node):
             reasons[node.name] = "only nearest-neighbour Resize has an int8 kernel"
+            continue
+        if node.op_type == "Clip" and not holds_zero(node, stored):
+            reasons[node.name] = "an int8 range holds zero, this Clip does not"
             continue
         if node.op_type in GLUE or node.op_type in FOLDED:
             candidates[node.name] = (node, activations)
@@ -192,13 +207,23 @@ def grow(
             read = any(r.name in int8 for o in node.output for r in readers.get(o, []))
             fits = fed if node.op_type in FOLDED else fed and (read or full)
             if node.op_type in FOLDED and fits:
-                # Folding renames the layer's output, so the layer must have no other reader.
-                fits = len(readers.get(activations[0], [])) == 1
+                # Folding renames the layer's output, so nobody else may read it.
+                fits = len(readers.get(activations[0], [])) == 1 and activations[0] not in outputs
             if not fits:
                 inside.discard(name)
                 reasons[name] = "not between int8 nodes"
                 changed = True
     chosen |= inside
+
+
+def holds_zero(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> bool:
+    """Whether zero lies within a Clip's stored bounds."""
+    low, high = -np.inf, np.inf
+    if len(node.input) > 1 and node.input[1]:
+        low = float(array(stored[node.input[1]])) if node.input[1] in stored else np.inf
+    if len(node.input) > 2 and node.input[2]:
+        high = float(array(stored[node.input[2]])) if node.input[2] in stored else -np.inf
+    return low <= 0 <= high
 
 
 def nearest(node: onnx.NodeProto) -> bool:
