@@ -1171,3 +1171,39 @@ def test_a_correction_that_fails_leaves_the_model_uncorrected(
     report, _ = quantized(tmp_path, residual(), PICTURES)
     assert not report["stayed_float"]
     assert all(not c["kept"] for c in report["choices"])
+
+
+def lstm_net() -> onnx.ModelProto:
+    hidden, width = 16, 8
+    return net(
+        """g (float[6,1,8] x) => (float[6,1,1,16] y) { y = LSTM<hidden_size=16>(x, w, r, b) }""",
+        w=normal(1, 4 * hidden, width) * np.float32(0.3),
+        r=normal(1, 4 * hidden, hidden, seed=2) * np.float32(0.3),
+        b=normal(1, 8 * hidden, seed=3) * np.float32(0.1),
+    )
+
+
+def test_an_lstm_becomes_dynamic_int8_where_outputs_stay_near(tmp_path: Path) -> None:
+    # 8-bit weights and activations leave about 1 % noise: 30 dB or more; 25 dB is asked for.
+    data = normal(16, 6, 1, 8, seed=5)
+    here_target = here()
+    source = lstm_net()
+    work = job(tmp_path, source, {"x": data}, here_target)
+    report = quantize.run(work)
+    tried = [c for c in report["choices"] if c["step"] == "dynamic int8 LSTM"]
+    assert len(tried) == 1
+    assert tried[0]["sqnr_db"] > 25
+    assert tried[0]["kept"]
+    if not report["stayed_float"]:  # so small a net may not pay on this machine
+        ops = [n.op_type for n in onnx.load(work.output_model()).graph.node]
+        assert "DynamicQuantizeLSTM" in ops
+        assert "LSTM" not in ops
+
+
+def test_an_lstm_stays_float_where_its_int8_form_is_far_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "NEAR_DB", 99.0)
+    report = quantize.run(job(tmp_path, lstm_net(), {"x": normal(16, 6, 1, 8, seed=5)}))
+    assert report["stayed_float"]
+    assert not next(c for c in report["choices"] if c["step"] == "dynamic int8 LSTM")["kept"]

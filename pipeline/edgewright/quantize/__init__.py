@@ -5,6 +5,7 @@ passes between them, and only `write` makes an int8 graph.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from edgewright.quantize.calibrate import collect
 from edgewright.quantize.equalize import equalize
 from edgewright.quantize.layers import find_layers
 from edgewright.quantize.response import responses
+from edgewright.quantize.write import write_dynamic_lstm
 from edgewright.runtime.launch import launch_for
 from edgewright.runtime.local import open_local
 from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report
 
 HELD_SAMPLES = 12
+NEAR_DB = 25.0  # outputs at 6 % of their size from the original, for models without a metric
 OLDEST_OPSET = 13  # DequantizeLinear with an axis
+PAY_SAMPLES = 4
 MUST_PAY = 0.97  # int8 that is not clearly faster is not worth what it costs the metric
 
 
@@ -39,20 +43,29 @@ def run(job: Job) -> Report:
     launch_for(job.target)  # what cannot run here is told before the work, not after it
     model = ready(graph.load(source))
     plan = placement.choose(model, settings)
-    if not any(n.op_type in placement.CORE for n in model.graph.node if n.name in plan.nodes):
+    retained = metric_of(job, source)
+    choices: list[dict[str, Any]] = []
+    quantized: onnx.ModelProto | None = None
+    ingredients: build.Ingredients | None = None
+    ops = {n.name: n.op_type for n in model.graph.node}
+    if any(ops[name] in placement.CORE for name in plan.nodes):
+        ingredients, choices = equalized(job, model, plan)
+        quantized, kept, tried = build.adjust(ingredients, plan, job.tell)
+        choices += [{"step": "correction", **t} for t in tried]
+        if retained is not None and settings.scope == "auto":
+            plan, quantized, asked = hold_metric(job, ingredients, plan, kept, quantized, retained)
+            choices += asked
+    elif not has_lstm(model):
         return stay_float(job, "no layer of the model has an int8 kernel here", plan.reasons)
-    ingredients, compared = equalized(job, model, plan)
-    quantized: onnx.ModelProto | None
-    quantized, kept, tried = build.adjust(ingredients, plan, job.tell)
-    choices = compared + [{"step": "correction", **t} for t in tried]
-    if has_metric(job.recipe) and job.recipe.gate.min_retained and settings.scope == "auto":
-        plan, quantized, asked = hold_metric(job, source, ingredients, plan, kept, quantized)
+    if has_lstm(model) and scheme.dynamic and isinstance(settings.scope, str):
+        quantized, plan, asked = dynamic_lstms(job, model, quantized, plan, retained)
         choices += asked
     if quantized is None:
         reason = "no int8 placement keeps the metric at the recipe's min_retained"
         return stay_float(job, reason, plan.reasons, choices)
     if settings.scope == "auto" and job.target.run.how == "local":
-        ratio = cpu_ratio(quantized, source, ingredients.held[:4])
+        few = list(samples(job.recipe, graph.input_specs(model), PAY_SAMPLES))
+        ratio = cpu_ratio(quantized, source, few)
         choices.append({"step": "pay", "cpu_ratio": round(ratio, 2)})
         if ratio > MUST_PAY:
             reason = f"int8 does not pay on this target: {ratio:.2f} of the float model's time"
@@ -60,6 +73,73 @@ def run(job: Job) -> Report:
     graph.save(quantized, job.output_model())
     figures, strays = audit.audit(job.output_model(), list(plan.nodes), job.target, job.folder)
     return report(job, model, plan, figures, strays, choices, ingredients, quantized)
+
+
+def has_lstm(model: onnx.ModelProto) -> bool:
+    """Whether the main graph has an LSTM."""
+    return any(n.op_type == "LSTM" for n in model.graph.node)
+
+
+def metric_of(job: Job, source: Path) -> Callable[[onnx.ModelProto], float] | None:
+    """A function: share of the original's metric that a model keeps; None without a metric."""
+    if not has_metric(job.recipe) or not job.recipe.gate.min_retained:
+        return None
+    metric = Metric(job.recipe)
+    original: list[float] = []
+
+    def retained(model: onnx.ModelProto) -> float:
+        if not original:
+            job.tell("metric of the float model")
+            original.append(metric.score(open_local(source, threads=2).run))
+        job.tell("metric of the int8 model")
+        score = metric.score(open_local(model.SerializeToString(), threads=2).run)
+        return metric.retained(score, original[0])
+
+    return retained
+
+
+def dynamic_lstms(
+    job: Job,
+    model: onnx.ModelProto,
+    quantized: onnx.ModelProto | None,
+    plan: placement.Placement,
+    retained: Callable[[onnx.ModelProto], float] | None,
+) -> tuple[onnx.ModelProto | None, placement.Placement, list[dict[str, Any]]]:
+    """Dynamic int8 for the LSTMs, where the metric holds; without one, where outputs stay near.
+
+    quantized: the int8 model so far, None where nothing else is int8.
+    """
+    before = model if quantized is None else quantized
+    names = [n.name for n in model.graph.node if n.op_type == "LSTM"]
+    choice: dict[str, Any] = {"step": "dynamic int8 LSTM", "kept": False}
+    try:
+        candidate = write_dynamic_lstm(before, job.target.int8)
+    except BadInput as error:
+        return quantized, plan, [choice | {"reason": str(error)[:300]}]
+    if not any(n.op_type == "DynamicQuantizeLSTM" for n in candidate.graph.node):
+        return quantized, plan, [choice | {"reason": "no LSTM has stored weights"}]
+    if retained is not None:
+        share = retained(candidate)
+        choice |= {"retained": round(share, 5)}
+        keep = share >= reserve(job)
+    else:
+        judged = fidelity.judged_tensors(model)
+        few = list(samples(job.recipe, graph.input_specs(model), HELD_SAMPLES))
+        reference = fidelity.values_of(model, judged, few)
+        after = fidelity.sqnr_db(reference, fidelity.values_of(candidate, judged, few))
+        choice |= {"sqnr_db": round(after, 2)}
+        keep = after >= NEAR_DB
+    if not keep:
+        return quantized, plan, [choice | {"reason": "it costs too much of the metric"}]
+    return candidate, plan.adding(names), [choice | {"kept": True}]
+
+
+def reserve(job: Job) -> float:
+    """The share of the metric to aim at: half of the loss that the recipe allows.
+
+    The evaluation set is a sample; the other half is kept for the data it does not show.
+    """
+    return (1 + (job.recipe.gate.min_retained or 0.0)) / 2
 
 
 def ready(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -164,28 +244,14 @@ def split(feeds: list[Feed]) -> tuple[list[Feed], list[Feed]]:
 
 def hold_metric(
     job: Job,
-    source: Path,
     ingredients: build.Ingredients,
     plan: placement.Placement,
     corrections: list[str],
     quantized: onnx.ModelProto,
+    retained: Callable[[onnx.ModelProto], float],
 ) -> tuple[placement.Placement, onnx.ModelProto | None, list[dict[str, Any]]]:
-    """Ask the metric; roll regions back to float until it holds.
-
-    Wanted is half of the loss that the recipe allows: the evaluation set is a sample, and the
-    other half is kept for the data it does not show.
-    """
-    metric = Metric(job.recipe)
-    enough = job.recipe.gate.min_retained or 0.0
-    wanted = (1 + enough) / 2
-    job.tell("metric of the float model", 0, 0)
-    original = metric.score(open_local(source, threads=2).run)
-
-    def retained(model: onnx.ModelProto) -> float:
-        job.tell("metric of the int8 model", 0, 0)
-        score = metric.score(open_local(model.SerializeToString(), threads=2).run)
-        return metric.retained(score, original)
-
+    """Ask the metric; roll regions back to float until it holds."""
+    enough, wanted = job.recipe.gate.min_retained or 0.0, reserve(job)
     share = retained(quantized)
     choices: list[dict[str, Any]] = [
         {"step": "metric", "regions_in_float": 0, "retained": round(share, 5), "wanted": wanted}
@@ -216,7 +282,7 @@ def report(
     figures: dict[str, Any],
     strays: list[dict[str, str]],
     choices: list[dict[str, Any]],
-    ingredients: build.Ingredients,
+    ingredients: build.Ingredients | None,
     quantized: onnx.ModelProto,
 ) -> Report:
     """What was done, node by node."""
@@ -244,9 +310,9 @@ def report(
             "per_channel": scheme.per_channel,
             "symmetric_activations": scheme.symmetric_activations,
             "ranges": job.recipe.quantize.ranges,
-            "calibration_samples": max(s.samples for s in ingredients.statistics.values()),
+            "calibration_samples": ingredients.samples() if ingredients else 0,
         },
-        "sqnr_db": round(build.judge(ingredients, quantized), 2),
+        "sqnr_db": round(build.judge(ingredients, quantized), 2) if ingredients else None,
         "placement": rows,
         "tables": list(plan.tables),
         "audit": figures,

@@ -47,6 +47,10 @@ class Ingredients:
     reference: list[list[np.ndarray]]
     weights: dict[str, WeightScales] = field(default_factory=dict)
 
+    def samples(self) -> int:
+        """Number of calibration samples seen."""
+        return max(s.samples for s in self.statistics.values())
+
 
 def activation_ranges(
     statistics: dict[str, Statistics],

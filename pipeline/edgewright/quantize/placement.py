@@ -63,6 +63,12 @@ class Placement:
             self.tables,
         )
 
+    def adding(self, names: Iterable[str]) -> "Placement":
+        """The placement with more int8 nodes."""
+        more = tuple(n for n in names if n not in self.nodes)
+        reasons = {n: r for n, r in self.reasons.items() if n not in more}
+        return Placement((*self.nodes, *more), reasons, self.tables)
+
     def tidied(self, model: onnx.ModelProto) -> "Placement":
         """The placement without nodes that no longer stand between int8 nodes."""
         reasons = dict(self.reasons)
