@@ -23,7 +23,7 @@ from edgewright.runtime import emulator
 from edgewright.runtime.launch import host_cpu, host_isa
 from edgewright.target import Target
 
-PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxslim", "sympy")
+PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "sympy")
 VOLATILE = ("seconds", "peak_rss_bytes")  # of a report; the rest decides what follows from it
 
 

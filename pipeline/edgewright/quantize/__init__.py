@@ -48,6 +48,7 @@ def run(job: Job) -> Report:
     quantized: onnx.ModelProto | None = None
     ingredients: build.Ingredients | None = None
     ops = {n.name: n.op_type for n in model.graph.node}
+    may_be_dynamic = "LSTM" in ops.values() and scheme.dynamic and isinstance(settings.scope, str)
     if any(ops[name] in placement.CORE for name in plan.nodes):
         ingredients, choices = equalized(job, model, plan)
         quantized, kept, tried = build.adjust(ingredients, plan, job.tell)
@@ -55,9 +56,9 @@ def run(job: Job) -> Report:
         if retained is not None and settings.scope == "auto":
             plan, quantized, asked = hold_metric(job, ingredients, plan, kept, quantized, retained)
             choices += asked
-    elif not has_lstm(model):
+    elif not may_be_dynamic:
         return stay_float(job, "no layer of the model has an int8 kernel here", plan.reasons)
-    if has_lstm(model) and scheme.dynamic and isinstance(settings.scope, str):
+    if may_be_dynamic:
         quantized, plan, asked = dynamic_lstms(job, model, quantized, plan, retained)
         choices += asked
     if quantized is None:
@@ -71,13 +72,12 @@ def run(job: Job) -> Report:
             reason = f"int8 does not pay on this target: {ratio:.2f} of the float model's time"
             return stay_float(job, reason, plan.reasons, choices)
     graph.save(quantized, job.output_model())
-    figures, strays = audit.audit(job.output_model(), list(plan.nodes), job.target, job.folder)
+    try:
+        figures, strays = audit.audit(job.output_model(), list(plan.nodes), job.target, job.folder)
+    except BaseException:
+        job.output_model().unlink(missing_ok=True)
+        raise
     return report(job, model, plan, figures, strays, choices, ingredients, quantized)
-
-
-def has_lstm(model: onnx.ModelProto) -> bool:
-    """Whether the main graph has an LSTM."""
-    return any(n.op_type == "LSTM" for n in model.graph.node)
 
 
 def metric_of(job: Job, source: Path) -> Callable[[onnx.ModelProto], float] | None:
@@ -110,13 +110,19 @@ def dynamic_lstms(
     quantized: the int8 model so far, None where nothing else is int8.
     """
     before = model if quantized is None else quantized
-    names = [n.name for n in model.graph.node if n.op_type == "LSTM"]
+    exclude = job.recipe.quantize.exclude
+    lstms = [n for n in model.graph.node if n.op_type == "LSTM"]
+    names = [n.name for n in lstms if not placement.matches(n, exclude)]
+    if not names:
+        return quantized, plan, []
     choice: dict[str, Any] = {"step": "dynamic int8 LSTM", "kept": False}
     try:
-        candidate = write_dynamic_lstm(before, job.target.int8)
+        candidate = write_dynamic_lstm(before, job.target.int8, names)
     except BadInput as error:
         return quantized, plan, [choice | {"reason": str(error)[:300]}]
-    if not any(n.op_type == "DynamicQuantizeLSTM" for n in candidate.graph.node):
+    left = {n.name for n in candidate.graph.node if n.op_type == "LSTM"}
+    names = [n for n in names if n not in left]
+    if not names:
         return quantized, plan, [choice | {"reason": "no LSTM has stored weights"}]
     if retained is not None:
         share = retained(candidate)
@@ -258,6 +264,7 @@ def hold_metric(
     ]
     if share >= wanted:
         return plan, quantized, choices
+    plain, plain_share = quantized, share
     if corrections:
         # Closer to the original is not always better by the user's metric: ask before giving
         # up any int8.
@@ -270,8 +277,12 @@ def hold_metric(
         ingredients, plan, corrections, retained, wanted, enough, job.tell
     )
     choices += [{"step": "rollback", **t} for t in tried]
-    if share >= enough and not any(t["retained"] >= wanted for t in tried):
-        return plan, quantized, choices  # no rollback reached more than what was enough already
+    if not any(t["retained"] >= wanted for t in tried):
+        # No rollback reached what is wanted: rather all of the int8 that is enough.
+        if share >= max(enough, plain_share):
+            return plan, quantized, choices
+        if plain_share >= enough:
+            return plan, plain, choices
     return rolled, model, choices
 
 

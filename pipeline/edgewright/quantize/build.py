@@ -23,6 +23,7 @@ FIT_SAMPLES = 32
 LIVE_BYTES = 192 << 20  # activations held for bias correction, all samples together
 ALIVE = 3  # tensors of the largest size that are alive at one place of a graph, by experience
 WORSE_DB = 0.1  # a correction must gain more than this on held-out inputs to be kept
+TINY = 1e-30  # a peak below is a channel of zeros: its scale would vanish in float32
 HOPELESS_DB = 1.0
 Tell = Callable[[str, int, int], None]
 
@@ -103,7 +104,7 @@ def weight_scales(
             axis: int | None = layer.channel_axis
         else:
             peak, axis = np.abs(weight).max().reshape(1), None
-        values = np.where(peak > 0, peak, limit) / limit
+        values = np.where(peak > TINY, peak, limit) / limit
         scales[layer.weight] = WeightScales(axis, values.astype(np.float32))
     return scales
 

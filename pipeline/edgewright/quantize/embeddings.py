@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from edgewright.model import consumers, initializers, topological
 from edgewright.quantize.rounding import QMAX
 
+NARROWEST = 8  # columns; a row also stores a scale of 4 bytes
 SMALLEST = 1 << 16  # bytes of a table below which nothing is gained
 
 
@@ -23,6 +24,7 @@ def find_tables(model: onnx.ModelProto) -> list[str]:
     for name, tensor in initializers(graph).items():
         uses = readers.get(name, [])
         rows = tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2
+        rows = rows and tensor.dims[1] >= NARROWEST
         if not rows or 4 * int(np.prod(tensor.dims)) < SMALLEST or name in outputs or not uses:
             continue
         if all(takes_rows(n, name) for n in uses):

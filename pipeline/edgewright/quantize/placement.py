@@ -76,7 +76,7 @@ class Placement:
         grown = chosen & {n.name for n in model.graph.node if n.op_type in CORE}
         allowed = chosen - grown
         grow(model, grown, reasons, allowed, full=False)
-        for name in chosen - grown:
+        for name in sorted(chosen - grown):
             reasons[name] = "no longer between int8 nodes"
         return Placement(tuple(n for n in self.nodes if n in grown), reasons, self.tables)
 
@@ -147,7 +147,8 @@ def core_reason(
             return "its weight is a vector"
     if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2]:
         bias, width = stored.get(node.input[2]), channels(node, weight)
-        if bias is None or list(bias.dims) != [width]:
+        dims = list(bias.dims) if bias is not None else []
+        if dims != [width] and (node.op_type == "Conv" or dims != [1, width]):
             return "its bias is not one stored value per channel"
     if node.op_type == "Gemm":
         flags = {a.name: a for a in node.attribute}

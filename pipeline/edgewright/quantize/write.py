@@ -218,8 +218,10 @@ def weight_override(scales: WeightScales, kind: str) -> list[dict[str, object]]:
     return entries
 
 
-def write_dynamic_lstm(model: onnx.ModelProto, scheme: Int8Scheme) -> onnx.ModelProto:
-    """The model with its LSTMs as dynamic int8: stored int8 weights, activations per run.
+def write_dynamic_lstm(
+    model: onnx.ModelProto, scheme: Int8Scheme, nodes: list[str]
+) -> onnx.ModelProto:
+    """The model with the named LSTMs as dynamic int8: stored int8 weights, activations per run.
 
     ONNX Runtime has no static int8 LSTM. Only LSTMs of the main graph with stored weights
     change. Raises BadInput where the writer refuses the model.
@@ -233,6 +235,7 @@ def write_dynamic_lstm(model: onnx.ModelProto, scheme: Int8Scheme) -> onnx.Model
                 copy,
                 out,
                 op_types_to_quantize=["LSTM"],
+                nodes_to_quantize=nodes,
                 weight_type=QuantType.QInt8,
                 reduce_range=scheme.saturates,
             )
