@@ -1207,3 +1207,28 @@ def test_an_lstm_stays_float_where_its_int8_form_is_far_off(
     report = quantize.run(job(tmp_path, lstm_net(), {"x": normal(16, 6, 1, 8, seed=5)}))
     assert report["stayed_float"]
     assert not next(c for c in report["choices"] if c["step"] == "dynamic int8 LSTM")["kept"]
+
+
+def test_what_stays_float_gets_its_activations_in_one_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here()
+    monkeypatch.setattr(quantize, "MUST_PAY", 99.0)  # whatever a clock says
+    source = net(
+        """g (float[1,3,8,8] x) => (float[1,4,8,8] y) {
+            a = Conv(x, w)  b = Add(a, three)  c = Clip(b, zero, six)  d = Mul(a, c)
+            e = Div(d, six)  y = Conv(e, v)
+        }""",
+        w=normal(4, 3, 1, 1),
+        v=normal(4, 4, 1, 1, seed=2),
+        three=np.float32(3),
+        zero=np.float32(0),
+        six=np.float32(6),
+    )
+    work = job(tmp_path, source, {"x": normal(8, 3, 8, 8)}, scope="auto")
+    report = quantize.stay_float(work, "a trial")
+    result = onnx.load(work.output_model())
+    assert [n.op_type for n in result.graph.node] == ["Conv", "HardSwish", "Conv"]
+    assert report["choices"][-1]["step"].startswith("HardSwish")
+    # The same function: only the order of float32 operations differs.
+    assert sqnr_db(source, result, {"x": normal(1, 3, 8, 8, seed=4)}) > 100

@@ -7,7 +7,6 @@ import pytest
 
 from edgewright.quantize import rounding
 from edgewright.quantize.rounding import (
-    channel_scales,
     nearest,
     output_error,
     round_by_output,
@@ -27,62 +26,6 @@ def moments_of(x: np.ndarray) -> np.ndarray:
 
 def peak_scales(weight: np.ndarray, levels: int = 127) -> np.ndarray:
     return np.abs(weight).max(axis=2) / levels
-
-
-# --- scales --------------------------------------------------------------------------------
-
-
-def test_scales_by_hand() -> None:
-    # All weights are multiples of peak / 127, so the whole range has no error at all.
-    weight = np.array([[[1.27, -0.5, 0.01], [-2.54, 0.02, 1.0]]])
-    np.testing.assert_allclose(channel_scales(weight), [[0.01, 0.02]], rtol=1e-12)
-
-
-def test_a_channel_of_zeros_has_scale_one() -> None:
-    weight = np.zeros((2, 2, 3))
-    weight[1, 0] = 127.0, 3.0, -4.0
-    assert channel_scales(weight).tolist() == [[1.0, 1.0], [1.0, 1.0]]
-    assert nearest(weight, channel_scales(weight))[1].tolist() == [[127, 3, -4], [0, 0, 0]]
-    assert not nearest(weight, channel_scales(weight))[0].any()
-
-
-def weighted_error(row: np.ndarray, scale: float, importance: np.ndarray) -> float:
-    return float(
-        sum(
-            h * (min(max(round(w / scale), -127), 127) * scale - w) ** 2
-            for w, h in zip(row, importance, strict=True)
-        )
-    )
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_scales_against_brute_force(weighted: bool) -> None:
-    rng = np.random.default_rng(1)
-    weight = rng.standard_t(2, (2, 3, 40))  # heavy tails: cutting the peak can pay
-    importance = rng.uniform(0.01, 1, (2, 40)) if weighted else np.ones((2, 40))
-    moments = np.stack([np.diag(d) for d in importance]) if weighted else None
-    found = channel_scales(weight, moments)
-    for g, c in itertools.product(range(2), range(3)):
-        row = weight[g, c]
-        base = np.abs(row).max() / 127
-        errors = {
-            share: weighted_error(row, base * share, importance[g])
-            for share in np.linspace(1.0, 0.7, 25)
-        }
-        got = weighted_error(row, found[g, c], importance[g])
-        assert got == pytest.approx(min(errors.values()), rel=1e-6)
-        assert got <= errors[1.0]
-
-
-def test_a_peak_that_no_input_reads_is_cut() -> None:
-    rng = np.random.default_rng(2)
-    weight = rng.uniform(-0.6, 0.6, (1, 1, 30))
-    weight[0, 0, 0] = 1.0
-    moments = np.eye(30)[None].copy()
-    moments[0, 0, 0] = 0.0
-    assert channel_scales(weight, moments)[0, 0] < 0.8 / 127
-    moments[0, 0, 0] = 100.0
-    assert channel_scales(weight, moments)[0, 0] > 0.98 / 127
 
 
 # --- nearest codes -------------------------------------------------------------------------
@@ -237,6 +180,5 @@ def test_the_arguments_stay_as_they_are() -> None:
     scales = peak_scales(weight, 15)
     copies = [a.copy() for a in (weight, scales, moments)]
     round_by_output(weight, scales, moments)
-    channel_scales(weight, moments)
     for before, after in zip(copies, (weight, scales, moments), strict=True):
         np.testing.assert_array_equal(before, after)

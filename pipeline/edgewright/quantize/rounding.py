@@ -1,4 +1,4 @@
-"""Weights to int8: per-channel scales, and rounding that keeps the layer's output, not its weights.
+"""Weights to int8: rounding that keeps the layer's output, not its weights.
 
 Rounding each weight to the nearest code minimises the error of the weights. What matters is the
 error of the output, |(W - Q) x|^2 = (W - Q) H (W - Q)^T with H the second moments of the
@@ -11,32 +11,6 @@ import numpy as np
 
 QMAX = 127  # symmetric codes -127..127
 BLOCK = 128
-
-
-def channel_scales(weight: np.ndarray, moments: np.ndarray | None = None) -> np.ndarray:
-    """Scale of each output channel, symmetric around zero.
-
-    weight: (groups, channels, n); moments: (groups, n, n) or None. Tried are 25 shares of the
-    channel's largest weight, 1.0 to 0.7; the one with the least weighted rounding error wins.
-    A channel of zeros gets scale 1. Returns (groups, channels).
-    """
-    peak = np.abs(weight).max(axis=2)
-    importance = (
-        np.ones((weight.shape[0], 1, weight.shape[2]))
-        if moments is None
-        else np.einsum("gii->gi", moments)[:, None, :]
-    )
-    best = np.full(peak.shape, np.inf)
-    scales = np.where(peak > 0, peak, QMAX) / QMAX
-    base = scales.copy()
-    for share in np.linspace(1.0, 0.7, 25):
-        trial = (base * share)[..., None]
-        rounded = np.clip(np.round(weight / trial), -QMAX, QMAX) * trial
-        error = (((rounded - weight) ** 2) * importance).sum(axis=2)
-        better = error < best * (1 - 1e-9)
-        best = np.where(better, error, best)
-        scales = np.where(better, base * share, scales)
-    return scales
 
 
 def nearest(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
