@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from edgewright import taps
 from edgewright.data import Feed
 from edgewright.errors import BadInput
-from edgewright.quantize import calibrate
 from edgewright.quantize.calibrate import BINS, SUBSAMPLE, TINY, Statistics, collect
 
 
@@ -240,9 +240,9 @@ def test_fetching_in_small_groups_finds_the_same(monkeypatch: pytest.MonkeyPatch
         return ({"x": v} for v in values)
 
     whole = collect(parsed(text), names, feeds)
-    monkeypatch.setattr(calibrate, "FETCH_BYTES", 70)  # two tensors of 32 bytes
-    session = calibrate.open_local(calibrate.expose(parsed(text), names).SerializeToString())
-    assert calibrate.fetch_groups(session, {"x": values[0]}, names) == [["a", "b"], ["c", "d"]]
+    monkeypatch.setattr(taps, "FETCH_BYTES", 70)  # two tensors of 32 bytes
+    session = taps.open_local(taps.expose(parsed(text), names).SerializeToString())
+    assert taps.fetch_groups(session, {"x": values[0]}, names) == [["a", "b"], ["c", "d"]]
     parts = collect(parsed(text), names, feeds)
     for name in names:
         np.testing.assert_array_equal(parts[name].counts, whole[name].counts)
@@ -252,6 +252,6 @@ def test_fetching_in_small_groups_finds_the_same(monkeypatch: pytest.MonkeyPatch
 def test_expose_leaves_the_model_alone() -> None:
     model = parsed(LOG)
     before = model.SerializeToString(deterministic=True)
-    exposed = calibrate.expose(model, ["x", "b", "y"])
+    exposed = taps.expose(model, ["x", "b", "y"])
     assert [o.name for o in exposed.graph.output] == ["b", "y"]  # x is fed, not computed
     assert model.SerializeToString(deterministic=True) == before

@@ -19,7 +19,7 @@ LAYERS = [
     {"settings", "cache"},
     {"recipe", "target"},
     {"data", "model", "runtime", "stage", "metric", "keys"},
-    {"admit", "external", "soundness", "parity", "passes", "scaffold"},
+    {"admit", "external", "soundness", "parity", "passes", "scaffold", "taps"},
     STAGE_MODULES,
     {"device", "report"},
     {"baseline"},

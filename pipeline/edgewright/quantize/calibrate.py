@@ -16,10 +16,10 @@ import onnx
 
 from edgewright.data import Feed
 from edgewright.errors import BadInput
-from edgewright.runtime.local import Local, open_local
+from edgewright.runtime.local import open_local
+from edgewright.taps import expose, fetch_groups
 
 BINS = 4096  # 16 bins per int8 step when the whole range is used
-FETCH_BYTES = 128 << 20  # tensors fetched from one run
 SUBSAMPLE = 1 << 16  # elements of one tensor and sample that enter its histogram at most
 TINY = -100  # smallest exponent: below 2**-100 everything is zero for int8
 
@@ -135,32 +135,3 @@ def take(statistics: Statistics, value: np.ndarray, name: str, sample: int) -> N
             expected="finite values everywhere",
             hint="remove that sample, or mend the model where the value arises",
         )
-
-
-def fetch_groups(session: Local, feed: Feed, names: list[str]) -> list[list[str]]:
-    """Names in groups whose values together stay below FETCH_BYTES, judged on one sample."""
-    sizes: dict[str, int] = {}
-    for start in range(0, len(names), 16):
-        part = names[start : start + 16]
-        sizes |= {n: v.nbytes for n, v in zip(part, session.run(feed, part), strict=True)}
-    groups: list[list[str]] = [[]]
-    room = FETCH_BYTES
-    for name in names:
-        if sizes[name] > room and groups[-1]:
-            groups.append([])
-            room = FETCH_BYTES
-        groups[-1].append(name)
-        room -= sizes[name]
-    return [g for g in groups if g]
-
-
-def expose(model: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:
-    """A copy of the model whose outputs are the tensors (graph inputs left out)."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    inputs = {v.name for v in model.graph.input}
-    del copy.graph.output[:]
-    for name in tensors:
-        if name not in inputs:
-            copy.graph.output.add().name = name
-    return copy

@@ -18,9 +18,9 @@ import onnx
 from onnx import numpy_helper
 
 from edgewright.data import Feed
-from edgewright.model import consumers, initializers, reads
-from edgewright.quantize.calibrate import expose, fetch_groups
+from edgewright.model import consumers, initializers
 from edgewright.runtime.local import open_local
+from edgewright.taps import expose, fetch_groups, last_uses, run_piece
 
 
 @dataclass(frozen=True)
@@ -148,50 +148,3 @@ def correct_biases(
                 shape[bias.axis % value.ndim] = -1
                 alive[output] = value + shift.astype(value.dtype).reshape(shape)
         start = end + 1
-
-
-def last_uses(nodes: list[onnx.NodeProto]) -> dict[str, int]:
-    """Index of the last node that reads each tensor, readers inside subgraphs included."""
-    last: dict[str, int] = {}
-    for i, node in enumerate(nodes):
-        for name in reads(node):
-            last[name] = i
-    return last
-
-
-def run_piece(
-    model: onnx.ModelProto,
-    nodes: list[onnx.NodeProto],
-    end: int,
-    last_use: dict[str, int],
-    live: list[dict[str, np.ndarray]],
-) -> None:
-    """Run some nodes of the model on every sample; tensors no longer needed leave `live`."""
-    made = {o for n in nodes for o in n.output if o}
-    wanted = [o for n in nodes for o in n.output if o and last_use.get(o, -1) > end]
-    wanted += [o for o in nodes[-1].output if o and o not in wanted]
-    needed = {name for n in nodes for name in reads(n)}
-    inputs = sorted((needed - made) & set(live[0]))
-    graph = onnx.helper.make_graph(
-        nodes,
-        "piece",
-        [
-            onnx.helper.make_tensor_value_info(
-                name,
-                onnx.helper.np_dtype_to_tensor_dtype(live[0][name].dtype),
-                [None] * live[0][name].ndim,
-            )
-            for name in inputs
-        ],
-        [onnx.helper.make_empty_tensor_value_info(name) for name in wanted],
-        [t for t in model.graph.initializer if t.name in needed],
-    )
-    piece = onnx.helper.make_model(
-        graph, opset_imports=model.opset_import, ir_version=model.ir_version
-    )
-    session = open_local(piece.SerializeToString(), threads=2, optimize=False)
-    for alive in live:
-        values = session.run({name: alive[name] for name in inputs}, wanted)
-        alive.update(zip(wanted, values, strict=True))
-        for name in [n for n in alive if last_use.get(n, -1) <= end and n not in wanted]:
-            del alive[name]

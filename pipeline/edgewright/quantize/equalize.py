@@ -18,9 +18,9 @@ from onnx import numpy_helper
 
 from edgewright.data import Feed
 from edgewright.model import consumers, initializers
-from edgewright.quantize.calibrate import expose, fetch_groups
 from edgewright.quantize.layers import Layer, attribute, layer_of
 from edgewright.runtime.local import open_local
+from edgewright.taps import expose, fetch_groups
 
 ROOM = 1.25  # a channel may exceed its calibration peak by this before Clip cuts it
 SHARE = 0.25  # of the factor, in log, for a dense second layer: best of 0.25, 0.5 and 0.75

@@ -13,8 +13,8 @@ import onnx
 
 from edgewright.data import Feed
 from edgewright.model import reads
-from edgewright.quantize.calibrate import expose
 from edgewright.runtime.local import open_local
+from edgewright.taps import expose
 
 SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "Tanh")
 PASSING = ("Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")

@@ -13,8 +13,8 @@ import onnx
 
 from edgewright.data import Feed
 from edgewright.model import initializers
-from edgewright.quantize.calibrate import expose, fetch_groups
 from edgewright.runtime.local import open_local
+from edgewright.taps import expose, fetch_groups
 
 MAX_COLUMNS = 2304  # inputs of one output above which the n x n moments cost too much
 SHRINK = 2.0
