@@ -54,7 +54,7 @@ class Needs:
     settings: names of `keys.FACTS`. models: models of finished stages, or from outside, by the
     name the stage knows them by; "newest" is the last one made. reports: of finished stages.
     module: what runs, if that has not the stage's own name. Where a model that `optional` names
-    is not there, the stage is left out.
+    is not there, or the recipe has no `table` of that name, the stage is left out.
     """
 
     settings: tuple[str, ...]
@@ -62,11 +62,17 @@ class Needs:
     reports: tuple[str, ...] = ()
     module: str = ""
     optional: str = ""
+    table: str = ""
 
 
 STAGES = {
     "export": Needs(settings=("source", "inputs", "calibration")),
     "simplify": Needs(settings=("inputs", "calibration"), models={"previous": "newest"}),
+    "share": Needs(
+        table="share",
+        settings=("share", "quantize", "evaluation", "device", "host"),
+        models={"export": "export", "previous": "newest"},
+    ),
     "quantize": Needs(
         settings=("quantize", "min_retained", "calibration", "evaluation", "device", "host"),
         models={"export": "export", "previous": "newest"},
@@ -76,6 +82,7 @@ STAGES = {
         models={
             "export": "export",
             "simplify": "simplify",
+            "share": "share",
             "quantize": "quantize",
             "previous": "newest",
         },
@@ -215,7 +222,12 @@ class Line:
     def stages(self) -> list[str]:
         """The stages of this build, in order."""
         outside = {"baseline"} if self.baseline and self.baseline.model else set()
-        return [name for name, needs in STAGES.items() if {needs.optional} <= {"", *outside}]
+        return [
+            name
+            for name, needs in STAGES.items()
+            if {needs.optional} <= {"", *outside}
+            and (not needs.table or getattr(self.recipe, needs.table) is not None)
+        ]
 
     def advance(self, stage: str) -> None:
         """Bring the next stage's files to the run folder, from the cache or by doing the work."""

@@ -333,6 +333,22 @@ def simplify(model: Path, recipe_path: Path, target_name: str, output: Path, as_
 @cli.command()
 @click.argument("model", type=PATH)
 @options("recipe", "target", "output", "json")
+def share(model: Path, recipe_path: Path, target_name: str, output: Path, as_json: bool) -> None:
+    """Let the weights of MODEL share their values, as the recipe's [share] says.
+
+    \b
+    edgewright share simple.onnx --recipe recipe.toml -o shared.onnx
+    """
+    recipe, target = settings(recipe_path, target_name)
+    if recipe.share is None:
+        raise BadInput(f"{recipe_path} has no [share]", hint="add [share] with codebook = 64")
+    models = {"export": model, "newest": model}
+    show(recipe, target, on_files(["share"], recipe, target, models, output=output), as_json)
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@options("recipe", "target", "output", "json")
 def quantize(model: Path, recipe_path: Path, target_name: str, output: Path, as_json: bool) -> None:
     """Bring MODEL to int8 in the target's scheme, where it pays.
 

@@ -67,6 +67,7 @@ FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
             for source in (recipe.data.evaluation, recipe.data.metric, recipe.data.per_sample)
         ),
     ],
+    "share": lambda recipe, _: asdict(recipe.share) if recipe.share else None,
     "quantize": lambda recipe, _: asdict(recipe.quantize),
     "min_retained": lambda recipe, _: recipe.gate.min_retained,
     "max_latency_ratio": lambda recipe, _: recipe.gate.max_latency_ratio,

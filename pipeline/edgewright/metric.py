@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from edgewright.data import call_user, load_function
 from edgewright.errors import BadInput
 from edgewright.recipe import Recipe
+from edgewright.runtime.local import open_local
 
 Run = Callable[[dict[str, Any]], list[np.ndarray]]
 
@@ -88,6 +91,29 @@ class Metric:
 def has_metric(recipe: Recipe) -> bool:
     """Whether the recipe names a metric at all."""
     return bool(recipe.data.metric)
+
+
+def retention(
+    recipe: Recipe, original: Path, tell: Callable[[str, int, int], None]
+) -> Callable[[onnx.ModelProto], float] | None:
+    """A function: the share of the original's metric that a model keeps; None without a metric.
+
+    The original is scored when the first model is.
+    """
+    if not has_metric(recipe):
+        return None
+    metric = Metric(recipe)
+    first: list[float] = []
+
+    def retained(model: onnx.ModelProto) -> float:
+        if not first:
+            tell("metric of the original", 0, 0)
+            first.append(metric.score(open_local(original, threads=2).run))
+        tell("metric of the changed model", 0, 0)
+        score = metric.score(open_local(model.SerializeToString(), threads=2).run)
+        return metric.retained(score, first[0])
+
+    return retained
 
 
 def paired_difference(

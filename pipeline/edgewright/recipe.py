@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,20 @@ class QuantizeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShareSettings:
+    """[share]: weights that share their values. Absent: only equal tensors, as `simplify` does.
+
+    codebook: values that all weights of one codebook take, 2 to 256; 0 for none. scope: a
+    codebook per layer, or one for the model. max_drop: share of the metric that clustering may
+    cost; where it costs more, the codebook is doubled, and given up beyond 256.
+    """
+
+    codebook: int = 0
+    scope: Literal["layer", "model"] = "layer"
+    max_drop: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateSettings:
     """[gate]: the thresholds of the release. A limit left out is not checked."""
 
@@ -86,6 +100,7 @@ class Recipe:
 
     model: ModelSettings
     data: DataSettings
+    share: ShareSettings | None = None
     quantize: QuantizeSettings = QuantizeSettings()
     gate: GateSettings = GateSettings()
     folder: Path = Path()
@@ -96,7 +111,7 @@ class Recipe:
         return self.folder / text
 
 
-LATER = ("prune", "recover", "share")  # tables of DESIGN.md whose stages are not built yet
+LATER = ("prune", "recover")  # tables of DESIGN.md whose stages are not built yet
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -118,14 +133,7 @@ def parse_recipe(raw: dict[str, Any], folder: Path, where: str = "recipe") -> Re
         raise BadInput(f"unknown key '{extra}' in {where}")
     recipe = parse(Recipe, known, where)
     check_recipe(recipe, where)
-    return Recipe(
-        model=recipe.model,
-        data=recipe.data,
-        quantize=recipe.quantize,
-        gate=recipe.gate,
-        folder=folder,
-        raw=raw,
-    )
+    return replace(recipe, folder=folder, raw=raw)
 
 
 def check_recipe(recipe: Recipe, where: str) -> None:
@@ -164,6 +172,16 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         limit = getattr(gate, key)
         if limit is not None and limit <= 0:
             raise BadInput(f"{where}: gate.{key}", expected="above 0", found=str(limit))
+    if recipe.share is not None:
+        entries = recipe.share.codebook
+        if entries != 0 and not 2 <= entries <= 256:
+            raise BadInput(
+                f"{where}: share.codebook", expected="0, or 2 to 256", found=str(entries)
+            )
+        if not 0 <= recipe.share.max_drop <= 1:
+            raise BadInput(
+                f"{where}: share.max_drop", expected="0 to 1", found=str(recipe.share.max_drop)
+            )
     if not 50 < recipe.quantize.percentile <= 100:
         raise BadInput(
             f"{where}: quantize.percentile",

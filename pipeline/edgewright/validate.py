@@ -22,7 +22,7 @@ from edgewright.runtime.launch import open_on_target
 from edgewright.runtime.local import open_local
 from edgewright.stage import Job, Report, Tell
 
-BETWEEN = ("simplify", "quantize")  # stages that may change the model, in order
+BETWEEN = ("simplify", "share", "quantize")  # stages that may change the model, in order
 AGREEMENT_SAMPLES = 64
 EMULATED_SAMPLES = 8
 REMEMBERED_BYTES = 256 << 20  # of outputs, per model
