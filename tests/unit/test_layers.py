@@ -20,6 +20,7 @@ LAYERS = [
     {"recipe", "target"},
     {"data", "model", "runtime", "stage", "metric", "keys"},
     {"admit", "external", "soundness", "parity", "passes", "scaffold", "taps"},
+    {"work"},
     STAGE_MODULES,
     {"device", "report"},
     {"baseline"},
