@@ -12,14 +12,15 @@ import edgewright
 from edgewright.build import STAGES
 
 ROOT = Path(edgewright.__file__).parent
-STAGE_MODULES = {needs.module or name for name, needs in STAGES.items()} | {"inspection"}
+STAGE_MODULES = {needs.module or name for name, needs in STAGES.items()}
+STAGE_MODULES |= {"inspection", "recover"}
 # From the bottom up: what stands lower may not import what stands higher.
 LAYERS = [
     {"errors", "files", "process", ""},
     {"settings", "cache"},
     {"recipe", "target"},
     {"data", "model", "runtime", "stage", "metric", "keys"},
-    {"admit", "external", "soundness", "parity", "passes", "scaffold", "taps"},
+    {"admit", "external", "soundness", "parity", "passes", "scaffold", "taps", "mixers", "shelf"},
     {"work"},
     STAGE_MODULES,
     {"device", "report"},

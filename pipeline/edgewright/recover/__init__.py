@@ -1,0 +1,1 @@
+"""The stage `recover`: what pruning lost comes back without labels."""
