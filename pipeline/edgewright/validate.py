@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from edgewright import model as graph
 from edgewright.data import samples
@@ -20,10 +21,13 @@ from edgewright.files import sha256_of
 from edgewright.metric import Metric, Run, has_metric, paired_difference
 from edgewright.runtime.launch import open_on_target
 from edgewright.runtime.local import open_local
+from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report, Tell
+from edgewright.work import work
 
 BETWEEN = ("simplify", "share", "quantize")  # stages that may change the model, in order
 AGREEMENT_SAMPLES = 64
+TIMED_SAMPLES = 4
 EMULATED_SAMPLES = 8
 REMEMBERED_BYTES = 256 << 20  # of outputs, per model
 TELL_S = 0.2
@@ -41,7 +45,12 @@ def run(job: Job) -> Report:
         metric = evaluate(job, notes)
     else:
         notes.append(note("info", "the recipe names no metric: only outputs are compared"))
-    return {"metric": metric, "agreement": agreement(job, notes), "notes": notes}
+    return {
+        "metric": metric,
+        "agreement": agreement(job, job.input_model(), notes, on_target=True),
+        "steps": steps(job, metric),
+        "notes": notes,
+    }
 
 
 def note(level: str, text: str) -> dict[str, str]:
@@ -169,15 +178,61 @@ def fingerprint(arrays: Mapping[str, np.ndarray]) -> bytes:
     return whole.digest()
 
 
-def agreement(job: Job, notes: Notes) -> Report:
-    """How alike the outputs of original and shipped model are on calibration inputs.
+def steps(job: Job, metric: Report | None) -> list[Report]:
+    """One row per stage that changed the model, each against the original.
+
+    bytes, parameters, macs: of the stage's model; macs None where sizes are not known.
+    original_macs: of the original, beside them.
+    sqnr_db, top1: see `agreement`. cpu_ratio: CPU time on this machine, one thread, quick (see
+    `timing`); None for targets that are not this machine.
+    """
+    before, original = sha256_of(job.models["export"]), job.models["export"]
+    specs = graph.input_specs(graph.load(original))
+    feeds = list(samples(job.recipe, specs, TIMED_SAMPLES))
+    original_macs = total_macs(graph.load(original))
+    rows = []
+    for stage in BETWEEN:
+        path = job.models.get(stage)
+        if path is None or (digest := sha256_of(path)) == before:
+            continue
+        before = digest
+        model = graph.load(path)
+        alike = agreement(job, path, [], on_target=False)
+        job.tell(f"timing the model after {stage}")
+        local = job.target.run.how == "local"
+        scored = (metric or {}).get("stages", {}).get(stage, {})
+        rows.append(
+            {
+                "stage": stage,
+                "bytes": path.stat().st_size,
+                "parameters": graph.parameter_count(model),
+                "macs": total_macs(model),
+                "original_macs": original_macs,
+                "sqnr_db": min(alike["sqnr_db"].values(), default=None),
+                "top1": alike["top1"],
+                "cpu_ratio": round(cpu_ratio(path, original, feeds), 3) if local else None,
+                "score": scored.get("score"),
+                "retained": scored.get("retained"),
+            }
+        )
+    return rows
+
+
+def total_macs(model: onnx.ModelProto) -> int | None:
+    """Multiply-accumulates of one run, None where sizes are not known."""
+    macs, unknown = work(model)
+    return None if unknown else sum(macs.values())
+
+
+def agreement(job: Job, shipped: Path, notes: Notes, *, on_target: bool) -> Report:
+    """How alike the outputs of the original and of a model are on calibration inputs.
 
     sqnr_db: 10 log10(sum of squares / sum of squared differences) per float output, 200 where
     equal. equal: share of equal values per other output. top1: share of rows of the first
     output of scores (float, two axes) whose largest entry is at the same place.
     """
-    original, shipped = job.models["export"], job.input_model()
-    emulated = job.target.run.how == "emulate"
+    original = job.models["export"]
+    emulated = on_target and job.target.run.how == "emulate"
     limit = EMULATED_SAMPLES if emulated else AGREEMENT_SAMPLES
     reference = open_local(original)
     names = reference.outputs
@@ -187,7 +242,7 @@ def agreement(job: Job, notes: Notes) -> Report:
     broken: set[str] = set()
     count = 0
     specs = graph.input_specs(graph.load(original))
-    with opened(job, shipped, on_target=True) as candidate:
+    with opened(job, shipped, on_target) as candidate:
         for feed in samples(job.recipe, specs, limit):
             if count % 8 == 0 or emulated:
                 job.tell("comparing outputs", count, limit)

@@ -59,6 +59,15 @@ def test_a_spoiled_model_loses_and_the_stage_is_named(tiny):
     assert metric["paired"]["worse"] == 96
     assert metric["paired"]["sign_test_p"] < 1e-9
     assert report["agreement"]["top1"] == 0.0
+    first, second = report["steps"]
+    assert [first["stage"], second["stage"]] == ["simplify", "quantize"]
+    # Scores twice as large: the difference is the signal itself. Turned round: twice the signal.
+    assert first["sqnr_db"] == pytest.approx(0, abs=1e-4) and first["top1"] == 1.0
+    assert second["sqnr_db"] == pytest.approx(-20 * math.log10(2), abs=1e-4)
+    # 12x12 maps, then 6x6 and 3x3: by hand from the tiny model's shapes.
+    macs = 144 * 16 * 9 + 36 * 32 * 16 * 9 + 9 * 32 * 32 * 9 + 288 * 10
+    assert first["macs"] == first["original_macs"] == macs
+    assert 0.3 < first["cpu_ratio"] < 3
     # the difference is twice the signal
     assert report["agreement"]["sqnr_db"]["scores"] == pytest.approx(-20 * math.log10(2), abs=1e-4)
 
@@ -67,7 +76,7 @@ def test_a_stage_that_changed_nothing_is_left_out(tiny):
     same = tiny.with_name("same.onnx")
     same.write_bytes(tiny.with_name("model.onnx").read_bytes())
     report = validate.run(job(tiny, same, simplify=same, quantize=same))
-    assert report["metric"]["stages"] == {}
+    assert report["metric"]["stages"] == {} and report["steps"] == []
 
 
 def test_each_model_runs_once_per_sample(tiny):

@@ -120,6 +120,18 @@ def full() -> dict:
             },
         },
         agreement={"sqnr_db": {"logits": 24.3}, "samples": 400, "top1": 0.9725},
+        steps=[
+            {
+                "stage": "quantize",
+                "bytes": 3_904_496,
+                "macs": 150_000_000,
+                "original_macs": 300_000_000,
+                "sqnr_db": 24.34,
+                "top1": 0.9725,
+                "cpu_ratio": 0.45,
+                "retained": 0.9943,
+            }
+        ],
     )
     gate = stage(
         "gate",
@@ -401,3 +413,18 @@ def test_what_the_quantizer_tried_is_told():
     assert cells[1][1].startswith("2 regions in float: 99.85")
     assert cells[2] == ("<b>", "singular", "dropped")
     assert cells[3][1] == "0.45 of the float model's time"
+
+
+def test_each_step_is_shown_against_the_original() -> None:
+    report = full()
+    (step,) = tables.steps(report)
+    assert (step.stage, step.kept, step.same, step.top1) == (
+        "quantize",
+        "99.43 %",
+        "24.3 dB",
+        "97.25 %",
+    )
+    assert (step.macs, step.latency) == ("50 %", "0.450")
+    exported = tables.number(tables.find(report["stages"][0], "report", "model", "bytes"))
+    assert exported is not None and step.size == f"{100 * 3_904_496 / exported:.0f} %"
+    assert "after each stage that changed the model" in html.render(report)

@@ -56,6 +56,7 @@ def view(report: tables.Report) -> dict[str, Any]:
         "tiles": tables.tiles(report),
         "checks": tables.gate(report),
         "stages": tables.stages(report),
+        "steps": tables.steps(report),
         "paired": tables.paired(report),
         "total": total_time(report),
         "latency": latency(report, measure),

@@ -76,6 +76,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Step:
+    """What a stage left of the original: metric, same outputs, size, work, time."""
+
+    stage: str
+    kept: str
+    same: str
+    top1: str
+    size: str
+    macs: str
+    latency: str
+
+
+@dataclass(frozen=True)
 class Note:
     """One remark of a stage."""
 
@@ -424,6 +437,30 @@ def stages(report: Report) -> list[Stage]:
                 nodes=count_text(find(inner, "model", "nodes")),
                 seconds=seconds_text(find(inner, "seconds")),
                 memory=bytes_text(find(inner, "peak_rss_bytes")),
+            )
+        )
+    return lines
+
+
+def steps(report: Report) -> list[Step]:
+    """One line per stage that changed the model; sizes and work as shares of the original's."""
+    found = rows(find(stage_report(report, "validate"), "steps"))
+    export = stage_report(report, "export")
+    before = number(find(export, "model", "bytes"))
+    lines = []
+    for row in found:
+        size, work = number(row.get("bytes")), number(row.get("macs"))
+        macs = number(row.get("original_macs"))
+        noise = number(row.get("sqnr_db"))
+        lines.append(
+            Step(
+                stage=plain(row.get("stage")),
+                kept=share_text(row.get("retained")),
+                same=MISSING if noise is None else "equal" if noise >= 200 else f"{noise:.1f} dB",
+                top1=share_text(row.get("top1")),
+                size=rough_share_text(size / before) if size and before else bytes_text(size),
+                macs=rough_share_text(work / macs) if work and macs else MISSING,
+                latency=ratio_text(row.get("cpu_ratio")),
             )
         )
     return lines

@@ -21,6 +21,8 @@ def summary(report: tables.Report) -> RenderableType:
         parts.append(Padding(gate_table(checks), (1, 0, 0, 0)))
     if stages := tables.stages(report):
         parts.append(Padding(stage_table(stages), (1, 0, 0, 0)))
+    if steps := tables.steps(report):
+        parts.append(Padding(step_table(steps), (1, 0, 0, 0)))
     if notes := tables.notes(report):
         parts.append(Padding(note_lines(notes), (1, 0, 0, 2)))
     return Group(*parts)
@@ -86,6 +88,19 @@ def stage_table(stages: list[tables.Stage]) -> Table:
         time = "cached" if stage.cached else stage.seconds
         cells = (stage.score, stage.retained, stage.size, stage.nodes, time, stage.memory)
         table.add_row(Text(stage.name), *(Text(cell) for cell in cells))
+    return table
+
+
+def step_table(steps: list[tables.Step]) -> Table:
+    """What each stage left of the original, one a line."""
+    title = "Against the original"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=True, title=title, title_justify="left")
+    table.add_column("after", no_wrap=True)
+    for name in ("metric kept", "outputs", "same answer", "size", "work", "CPU time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for step in steps:
+        cells = (step.kept, step.same, step.top1, step.size, step.macs, step.latency)
+        table.add_row(Text(step.stage), *(Text(cell) for cell in cells))
     return table
 
 
