@@ -5,7 +5,7 @@ passes between them, and only `write` makes an int8 graph.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from edgewright.quantize import audit, build, fidelity, placement, rollback
 from edgewright.quantize.calibrate import collect
 from edgewright.quantize.equalize import equalize
 from edgewright.quantize.layers import find_layers
+from edgewright.quantize.refine import refined
 from edgewright.quantize.response import responses
 from edgewright.quantize.write import write_dynamic_lstm
 from edgewright.runtime.launch import launch_for
@@ -52,8 +53,10 @@ def run(job: Job) -> Report:
     may_be_dynamic = "LSTM" in ops.values() and scheme.dynamic and isinstance(settings.scope, str)
     if any(ops[name] in placement.CORE for name in plan.nodes):
         ingredients, choices = equalized(job, model, plan)
-        quantized, kept, tried = build.adjust(ingredients, plan, job.tell)
-        choices += [{"step": "correction", **t} for t in tried]
+        ingredients, tried = refined(ingredients, plan, calibration(job, model), job.tell)
+        choices += tried
+        quantized, kept, rows = build.adjust(ingredients, plan, job.tell)
+        choices += [{"step": "correction", **row} for row in rows]
         if retained is not None and settings.scope == "auto":
             plan, quantized, asked = hold_metric(job, ingredients, plan, kept, quantized, retained)
             choices += asked
@@ -181,10 +184,9 @@ def equalized(
     ingredients = prepare(job, model, plan)
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    specs, limit = graph.input_specs(model), job.recipe.quantize.max_samples
     pairs = 0
     if job.recipe.quantize.corrections:
-        pairs = equalize(changed, plan.nodes, lambda: samples(job.recipe, specs, limit))
+        pairs = equalize(changed, plan.nodes, calibration(job, model))
     if pairs == 0:
         return ingredients, []
     other = prepare(job, changed, plan)
@@ -200,10 +202,15 @@ def equalized(
     return other if kept else ingredients, [choice]
 
 
+def calibration(job: Job, model: onnx.ModelProto) -> Callable[[], Iterable[Feed]]:
+    """A function that gives the calibration samples, as many as the recipe says, from the start."""
+    specs, limit = graph.input_specs(model), job.recipe.quantize.max_samples
+    return lambda: samples(job.recipe, specs, limit)
+
+
 def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> build.Ingredients:
     """Calibrate, and choose ranges and scales."""
     specs = graph.input_specs(model)
-    limit = job.recipe.quantize.max_samples
     floats = placement.float_tensors(model)
     wanted = set(plan.nodes)
     touched = [
@@ -216,7 +223,7 @@ def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> buil
     statistics = collect(
         model,
         list(dict.fromkeys(touched)),
-        lambda: samples(job.recipe, specs, limit),
+        calibration(job, model),
         job.tell,
         threads=2,
     )

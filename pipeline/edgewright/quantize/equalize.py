@@ -89,9 +89,9 @@ def clip_from_zero(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) ->
 
 
 def channel_peaks(
-    model: onnx.ModelProto, tensors: list[str], feeds: Iterable[Feed]
+    model: onnx.ModelProto, tensors: list[str], feeds: Iterable[Feed], axis: int = 1
 ) -> dict[str, np.ndarray]:
-    """Largest |value| of each channel (axis 1) of the tensors over the feeds."""
+    """Largest |value| of each channel of the tensors over the feeds."""
     session = open_local(expose(model, tensors).SerializeToString(), threads=2)
     peaks: dict[str, np.ndarray] = {}
     groups: list[list[str]] = []
@@ -99,7 +99,7 @@ def channel_peaks(
         groups = groups or fetch_groups(session, feed, tensors)
         for group in groups:
             for name, value in zip(group, session.run(feed, group), strict=True):
-                rest = tuple(i for i in range(value.ndim) if i != 1)
+                rest = tuple(i for i in range(value.ndim) if i != axis % value.ndim)
                 peak = np.maximum(value.max(axis=rest), -value.min(axis=rest))
                 peaks[name] = np.maximum(peaks.get(name, 0.0), peak)
     return peaks
