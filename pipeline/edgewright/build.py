@@ -44,7 +44,7 @@ from edgewright.stage import Job, Report, run_in_child
 from edgewright.target import Target
 
 SCHEMA = "edgewright-report/1"
-MODEL, REPORT, PAGE, BUNDLES = "model.onnx", "report.json", "report.html", "*.bundle.tar"
+MODEL, REPORT, PAGE, BUNDLES = "model.onnx", "report.json", "report.html", "*.bundle.tar*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ STAGES = {
         reports=("quantize", "validate", "measure", "baseline-validate", "baseline-measure"),
     ),
     "bundle": Needs(
-        settings=("release", "calibration", "gate", "profile", "host", "epoch"),
+        settings=("release", "calibration", "share", "gate", "profile", "host", "epoch"),
         models={"previous": "newest"},
         reports=("quantize", "gate"),
     ),

@@ -226,7 +226,7 @@ def build_one(
             "error": str(error),
         }
     verdict = report["verdict"]
-    bundles = " ".join(str(path) for path in sorted(folder.glob("*.bundle.tar")))
+    bundles = " ".join(str(path) for path in sorted(folder.glob("*.bundle.tar*")))
     return {
         **result,
         "exit_code": VERDICT_CODES[verdict],

@@ -72,12 +72,14 @@ class ShareSettings:
 
     codebook: values that all weights of one codebook take, 2 to 256; 0 for none. scope: a
     codebook per layer, or one for the model. max_drop: share of the metric that clustering may
-    cost; where it costs more, the codebook is doubled, and given up beyond 256.
+    cost; where it costs more, the codebook is doubled, and given up beyond 256. compress: also
+    write the bundle as NAME.bundle.tar.xz, entropy coded, for the way to the device.
     """
 
     codebook: int = 0
     scope: Literal["layer", "model"] = "layer"
     max_drop: float = 0.01
+    compress: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,21 @@ def build(edgewright, recipe: Path, out: Path) -> dict:
 
 
 def test_clustered_weights_stay_clustered_through_int8(edgewright, tmp_path: Path) -> None:
-    recipe = write_tiny(tmp_path / "r", RECIPE + "\n[share]\ncodebook = 16\nmax_drop = 0.05\n")
+    recipe = write_tiny(
+        tmp_path / "r", RECIPE + "\n[share]\ncodebook = 16\nmax_drop = 0.05\ncompress = true\n"
+    )
     report = build(edgewright, recipe, tmp_path / "out")
     found = shared(report)
     assert found["form"] == "values" and found["tries"][-1]["kept"]
     entries = {row["tensor"]: row["entries"] for row in found["codebooks"]}
     assert max(entries.values()) <= found["tries"][-1]["entries"]
     assert found["sent_bytes"]["after"] < 0.5 * found["sent_bytes"]["before"]
+    whole, sent = (next((tmp_path / "out" / "cpu").glob(f"*.tar{end}")) for end in ("", ".xz"))
+    assert sent.stat().st_size < 0.8 * whole.stat().st_size
+    manifests = [edgewright("verify", path, "--json") for path in (whole, sent)]
+    assert manifests[0].code == manifests[1].code == 0
+    assert manifests[0].json == manifests[1].json
+    assert edgewright("self-test", sent).code == 0
     assert "share" in {s["stage"] for s in report["stages"]}
     assert (
         "share"

@@ -11,7 +11,7 @@ import onnx
 
 from edgewright import data
 from edgewright import model as models
-from edgewright.bundle import evidence, golden, manifest, tarball
+from edgewright.bundle import evidence, golden, manifest, tarball, transport
 from edgewright.errors import BadInput, UsageError
 from edgewright.runtime.launch import open_on_target
 from edgewright.runtime.session import RUN_TIMEOUT_S
@@ -61,10 +61,16 @@ def run(job: Job) -> Report:
     settings = job.recipe.model
     out = job.folder / f"{settings.name}-{settings.version}-{job.target.name}.bundle.tar"
     digest = tarball.write(out, members)
+    sent = None
+    if job.recipe.share is not None and job.recipe.share.compress:
+        job.tell("compressing the bundle")
+        packed = transport.compress(out)
+        sent = {"bundle": packed.name, "bytes": packed.stat().st_size}
     return {
         "bundle": out.name,
         "sha256": digest,
         "bytes": out.stat().st_size,
+        "compressed": sent,
         "files": entries,
         "golden": {"count": len(proof.feeds), "tolerances": proof.tolerances},
         "notes": remarks(job, proof),

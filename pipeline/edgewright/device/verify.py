@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import BinaryIO
 
-from edgewright.bundle import manifest, tarball
+from edgewright.bundle import manifest, tarball, transport
 from edgewright.bundle.manifest import Manifest
 from edgewright.errors import BadInput, IntegrityError, UsageError, from_os_error
 
@@ -61,7 +61,9 @@ def naming(bundle: Path) -> Iterator[None]:
 
 
 def open_bundle(path: Path) -> BinaryIO:
-    """The bundle for reading; BadInput unless it is a regular file."""
+    """The archive for reading, unpacked where it is compressed; BadInput unless it is a regular
+    file.
+    """
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -72,7 +74,7 @@ def open_bundle(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise BadInput(f"bundle {path}", expected="a regular file", found="something else")
-    return os.fdopen(descriptor, "rb")
+    return transport.plain(os.fdopen(descriptor, "rb"))
 
 
 def walk(stream: BinaryIO, sink: Sink) -> Manifest:
