@@ -1,0 +1,1 @@
+"""Structured pruning of an ONNX graph: which units exist, which go, and the smaller graph."""

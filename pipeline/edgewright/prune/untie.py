@@ -1,0 +1,47 @@
+"""Give each layer its own small vectors, so that equal values do not tie layers together.
+
+Files store equal tensors once: the ones of two fresh normalisations, a bias of zeros. To the
+analysis one stored tensor is one set of indices, and all its readers would lose the same units.
+Vectors (at most one axis longer than 1) are copied for each reading operand; larger tensors
+that are shared stay tied, as they were meant. `share` joins equal tensors again.
+"""
+
+import onnx
+
+from edgewright.model import all_graphs, initializers
+
+
+def untie(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model whose float vectors have one reader each; nodes and outputs keep their names."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    stored = initializers(graph)
+    taken = {*stored, *(o for n in graph.node for o in n.output), *(v.name for v in graph.input)}
+    # What a nested graph reads, or what is an output, keeps the name it is known by.
+    held = {v.name for v in graph.output}
+    held |= {name for g in list(all_graphs(graph))[1:] for n in g.node for name in n.input}
+    seen: set[str] = set()
+    for node in graph.node:
+        for k, name in enumerate(node.input):
+            tensor = stored.get(name)
+            if tensor is None or sum(d > 1 for d in tensor.dims) != 1 or not is_float(tensor):
+                continue
+            if name not in seen and name not in held:
+                seen.add(name)
+                continue
+            count = 2
+            while f"{name}_{count}" in taken:
+                count += 1
+            copy = graph.initializer.add()
+            copy.CopyFrom(tensor)
+            copy.name = f"{name}_{count}"
+            taken.add(copy.name)
+            node.input[k] = copy.name
+    return result
+
+
+def is_float(tensor: onnx.TensorProto) -> bool:
+    """Whether the tensor holds numbers that a layer may have as its own."""
+    kinds = onnx.TensorProto
+    return tensor.data_type in (kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE)
