@@ -12,16 +12,25 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edgewright import taps
+from edgewright.calibration.statistics import (
+    BINS,
+    RECENT,
+    SUBSAMPLE,
+    TINY,
+    Statistics,
+    from_arrays,
+    to_arrays,
+)
 from edgewright.data import Feed
 from edgewright.errors import BadInput
-from edgewright.quantize.calibrate import BINS, SUBSAMPLE, TINY, Statistics, collect
+from edgewright.quantize.calibrate import collect, exposed
 
 
 def statistics(*samples: np.ndarray) -> Statistics:
     """The statistics of some samples."""
     found = Statistics()
-    for sample in samples:
-        found.add(np.asarray(sample, np.float32))
+    for index, sample in enumerate(samples):
+        found.add(np.asarray(sample, np.float32), index)
     return found
 
 
@@ -58,7 +67,7 @@ def test_a_peak_that_is_a_power_of_two_lies_inside() -> None:
     # At the end of [-4, 4) it would be counted below 4 at first and above after growing.
     found = statistics([4.0])
     assert found.exponent == 3
-    found.add(np.float32([100.0]))
+    found.add(np.float32([100.0]), 1)
     np.testing.assert_array_equal(found.counts, numpy_counts(np.array([4.0, 100.0]), 7))
 
 
@@ -67,8 +76,8 @@ def test_growing_merges_pairs_exactly() -> None:
     parts = [rng.normal(0, s, 500).astype(np.float32) for s in (0.01, 0.3, 40.0, 0.3)]
     found = Statistics()
     seen = []
-    for part in parts:
-        found.add(part)
+    for index, part in enumerate(parts):
+        found.add(part, index)
         seen.append(found.exponent)
         everything = np.concatenate(parts[: len(seen)])
         np.testing.assert_array_equal(found.counts, numpy_counts(everything, found.exponent))
@@ -103,13 +112,14 @@ def test_merging_shards_in_any_order_is_one_pass(
     order = data.draw(st.permutations(range(len(samples))))
     shards = [Statistics() for _ in range(data.draw(st.integers(1, 4)))]
     for k in order:
-        shards[data.draw(st.integers(0, len(shards) - 1))].add(samples[k])
+        shards[data.draw(st.integers(0, len(shards) - 1))].add(samples[k], k)
     merged = Statistics()
     for shard in data.draw(st.permutations(shards)):
         merged.merge(shard)
     for key in ("low", "high", "exponent", "samples", "size"):
         assert getattr(merged, key) == getattr(whole, key), key
     np.testing.assert_array_equal(merged.counts, whole.counts)
+    np.testing.assert_array_equal(merged.last_extrema(), whole.last_extrema())
 
 
 def test_merging_leaves_the_other_as_it_is() -> None:
@@ -124,8 +134,8 @@ def test_empty_values_count_for_nothing() -> None:
     found = statistics(np.zeros((0, 3)))
     assert (found.samples, found.size, found.exponent) == (0, 0, TINY)
     assert not found.counts.any()
-    found.add(np.float32([2.0]))
-    found.add(np.zeros(0, np.float32))
+    found.add(np.float32([2.0]), 0)
+    found.add(np.zeros(0, np.float32), 1)
     assert (found.samples, found.low, found.high) == (1, 2.0, 2.0)
 
 
@@ -133,7 +143,7 @@ def test_constant_and_all_zero_values() -> None:
     zeros = statistics(np.zeros((4, 5)))
     assert (zeros.low, zeros.high, zeros.exponent) == (0.0, 0.0, TINY)
     assert np.flatnonzero(zeros.counts).tolist() == [BINS // 2]
-    zeros.add(np.full(3, -6.0, np.float32))  # the 20 zeros stay in their bin while it grows
+    zeros.add(np.full(3, -6.0, np.float32), 1)  # the 20 zeros stay in their bin while it grows
     assert zeros.exponent == 3
     assert zeros.counts[BINS // 2] == 20
     assert zeros.counts[BINS // 2 - 6 * BINS // 16] == 3
@@ -156,12 +166,12 @@ def test_large_tensors_are_thinned_and_every_place_gets_its_turn() -> None:
     rng = np.random.default_rng(6)
     value = rng.uniform(-1, 1, 2 * SUBSAMPLE).astype(np.float32)
     found = Statistics()
-    found.add(value)
+    found.add(value, 0)
     assert 0 < found.counts.sum() <= SUBSAMPLE
     assert (found.low, found.high) == (value.min(), value.max())  # of all of it
     # Two elements for one place make a stride of 3, made odd; three samples cover all places.
-    found.add(value)
-    found.add(value)
+    found.add(value, 1)
+    found.add(value, 2)
     np.testing.assert_array_equal(found.counts, numpy_counts(value, 0))
 
 
@@ -169,13 +179,32 @@ def test_state_does_not_grow_with_samples() -> None:
     rng = np.random.default_rng(7)
     found = Statistics()
     sizes = []
-    for k in range(200):
-        found.add((rng.normal(size=64) * 1.1**k).astype(np.float32))
-        arrays = [v.nbytes for v in vars(found).values() if isinstance(v, np.ndarray)]
-        assert all(np.ndim(v) == 0 for k, v in vars(found).items() if k != "counts")
-        sizes.append(sum(arrays))
-    assert set(sizes) == {8 * BINS}
-    assert found.samples == 200
+    for k in range(RECENT + 50):
+        found.add((rng.normal(size=64) * 1.01**k).astype(np.float32), k)
+        sizes.append(sum(v.nbytes for v in vars(found).values() if isinstance(v, np.ndarray)))
+    assert set(sizes) == {8 * BINS + 24 * RECENT}
+    assert found.samples == RECENT + 50
+
+
+def test_extrema_of_the_last_samples_in_order() -> None:
+    values = [np.float32([k, -2 * k]) for k in range(RECENT + 3)]
+    found = statistics(*values)
+    wanted = [(-2.0 * k, 1.0 * k) for k in range(3, RECENT + 3)]
+    assert found.last_extrema().tolist() == [list(w) for w in wanted]
+    # An old sample that no newer one replaced, as the tensor was empty there, does not count.
+    sparse = Statistics()
+    sparse.add(np.float32([5]), 0)
+    sparse.add(np.float32([6]), RECENT + 1)
+    assert sparse.last_extrema().tolist() == [[6.0, 6.0]]
+
+
+def test_statistics_cross_a_process_border_unchanged() -> None:
+    some = [statistics([1.0, -3.5], [], [1e30]), Statistics(), statistics(np.arange(5.0))]
+    for before, after in zip(some, from_arrays(to_arrays(some)), strict=True):
+        for key, value in vars(before).items():
+            np.testing.assert_array_equal(getattr(after, key), value)
+            assert type(getattr(after, key)) is type(value)
+    assert from_arrays(to_arrays([])) == []
 
 
 # --- over a model ---------------------------------------------------------------------------
@@ -191,9 +220,7 @@ LOG = "g (float[N] x) => (float[N] y) { a = Neg(x)  b = Neg(a)  y = Log(b) }"
 def test_collect_sees_inputs_middles_and_outputs() -> None:
     feeds = [{"x": np.float32([1, 8])}, {"x": np.float32([0.5])}]
     told: list[tuple[str, int, int]] = []
-    found = collect(
-        parsed(LOG), ["x", "a", "y"], lambda: iter(feeds), lambda *a: told.append(a), threads=1
-    )
+    found = collect(parsed(LOG), ["x", "a", "y"], lambda: iter(feeds), lambda *a: told.append(a))
     assert list(found) == ["x", "a", "y"]
     assert (found["x"].low, found["x"].high) == (0.5, 8.0)
     assert (found["a"].low, found["a"].high) == (-8.0, -0.5)
@@ -252,6 +279,8 @@ def test_fetching_in_small_groups_finds_the_same(monkeypatch: pytest.MonkeyPatch
 def test_expose_leaves_the_model_alone() -> None:
     model = parsed(LOG)
     before = model.SerializeToString(deterministic=True)
-    exposed = taps.expose(model, ["x", "b", "y"])
-    assert [o.name for o in exposed.graph.output] == ["b", "y"]  # x is fed, not computed
+    copies = [taps.expose(model, ["x", "b", "y"]), onnx.ModelProto()]
+    copies[1].ParseFromString(exposed(model, ["x", "b", "y"]))
+    for copy in copies:
+        assert [o.name for o in copy.graph.output] == ["b", "y"]  # x is fed, not computed
     assert model.SerializeToString(deterministic=True) == before

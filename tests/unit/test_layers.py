@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "files", "process", ""},
     {"settings", "cache"},
     {"recipe", "target"},
-    {"data", "model", "runtime", "stage", "metric", "keys"},
+    {"calibration", "data", "model", "runtime", "stage", "metric", "keys"},
     {"admit", "external", "soundness", "parity", "passes", "scaffold", "taps", "mixers", "shelf"},
     {"work"},
     STAGE_MODULES,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgewright.calibration.statistics import Statistics
 from edgewright.quantize import ranges
-from edgewright.quantize.calibrate import Statistics
 from edgewright.quantize.response import responses
 from edgewright.quantize.scales import ActivationRange
 
@@ -19,7 +19,7 @@ SHARES = np.geomspace(1.0, 0.02, 60)  # what `mse` tries on each side
 
 def statistics(values: np.ndarray) -> Statistics:
     found = Statistics()
-    found.add(np.asarray(values, np.float32))
+    found.add(np.asarray(values, np.float32), 0)
     return found
 
 
@@ -120,8 +120,9 @@ def tails(left: float, right: float) -> tuple[np.ndarray, np.ndarray]:
 
 def statistics_of(x: np.ndarray, counts: np.ndarray) -> Statistics:
     found = Statistics()
-    for part in np.array_split(np.repeat(x, counts), 40):  # below what a sample is thinned to
-        found.add(part.astype(np.float32))
+    # Parts below what a sample is thinned to.
+    for k, part in enumerate(np.array_split(np.repeat(x, counts), 40)):
+        found.add(part.astype(np.float32), k)
     return found
 
 

@@ -225,7 +225,6 @@ def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> buil
         list(dict.fromkeys(touched)),
         calibration(job, model),
         job.tell,
-        threads=2,
     )
     table = responses(model, list(statistics), statistics)
     scheme = job.target.int8

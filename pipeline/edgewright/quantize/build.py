@@ -7,11 +7,11 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from edgewright.calibration.statistics import Statistics
 from edgewright.data import Feed
 from edgewright.errors import BadInput
 from edgewright.model import consumers, initializers
 from edgewright.quantize import correct, embeddings, fidelity, layers, ranges, rounding
-from edgewright.quantize.calibrate import Statistics
 from edgewright.quantize.placement import Placement
 from edgewright.quantize.scales import ActivationRange, WeightScales
 from edgewright.quantize.write import write_qdq

@@ -5,7 +5,7 @@ A range is (low, high), zero always inside, so that zero has an exact code (padd
 
 import numpy as np
 
-from edgewright.quantize.calibrate import Statistics
+from edgewright.calibration.statistics import Statistics
 
 LEVELS = 255  # steps of an 8-bit range
 

@@ -10,8 +10,8 @@ must keep their order, so what goes into it is judged (see `fidelity`).
 import numpy as np
 import onnx
 
+from edgewright.calibration.statistics import Statistics
 from edgewright.model import consumers, initializers
-from edgewright.quantize.calibrate import Statistics
 from edgewright.quantize.fidelity import judged_tensors
 from edgewright.runtime.local import open_local
 
