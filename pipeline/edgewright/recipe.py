@@ -60,7 +60,7 @@ class QuantizeSettings:
 
     scope: Literal["auto", "full", "off"] | tuple[str, ...] = "auto"
     exclude: tuple[str, ...] = ()
-    ranges: Literal["mse", "minmax", "percentile"] = "mse"
+    ranges: Literal["mse", "minmax", "moving-average", "percentile", "entropy"] = "mse"
     percentile: float = 99.99
     corrections: bool = True
     max_samples: int = 0

@@ -1,6 +1,7 @@
 """Ranges against hand-computed integers and brute force over the raw values."""
 
 import math
+from typing import get_args, get_type_hints
 
 import numpy as np
 import onnx
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgewright.calibration.statistics import Statistics
-from edgewright.quantize import ranges
+from edgewright.quantize import entropy, ranges
 from edgewright.quantize.response import responses
 from edgewright.quantize.scales import ActivationRange
+from edgewright.recipe import QuantizeSettings
 
+METHODS = ("mse", "minmax", "moving-average", "percentile", "entropy")
 SHARES = np.geomspace(1.0, 0.02, 60)  # what `mse` tries on each side
 
 
@@ -80,6 +83,124 @@ def test_percentile_100_is_minmax_to_half_a_bin() -> None:
     found = statistics(values)
     width = 2.0 ** (found.exponent + 1) / 4096
     assert ranges.percentile(found, 100.0) == pytest.approx(ranges.minmax(found), abs=width / 2)
+
+
+# --- moving average ------------------------------------------------------------------------
+
+
+def test_moving_average_by_hand() -> None:
+    found = Statistics()
+    for k, (low, high) in enumerate([(-1.0, 10.0), (-3.0, 20.0), (-1.0, 0.5)]):
+        found.add(np.float32([low, 0, high]), k)
+    # -1 -> -1.2 -> -1.18 and 10 -> 11 -> 9.95: each step a tenth of the way.
+    assert ranges.moving_average(found) == pytest.approx((-1.18, 9.95), rel=1e-12)
+
+
+def test_moving_average_of_many_samples_is_the_plain_recursion() -> None:
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(700, 9)).astype(np.float32) * rng.lognormal(size=(700, 1))
+    found = Statistics()
+    for k in rng.permutation(700):  # as processes may take them
+        found.add(values[k], int(k))
+    low, high = values[0].min(), values[0].max()
+    for value in values[1:]:
+        low, high = 0.9 * low + 0.1 * value.min(), 0.9 * high + 0.1 * value.max()
+    # What is older than the 256 samples kept weighs 0.9**256 = 2e-12.
+    assert ranges.moving_average(found) == pytest.approx((low, high), rel=1e-9)
+
+
+def test_moving_average_holds_zero() -> None:
+    assert ranges.moving_average(statistics(np.float32([2, 5]))) == (0.0, 5.0)
+    assert ranges.moving_average(Statistics()) == (0.0, 0.0)
+
+
+# --- relative entropy ----------------------------------------------------------------------
+
+
+def plain_entropy(counts: list[int], first: int, end: int) -> float:
+    """D(P || Q) of a histogram clipped to [first, end), written as the method is told."""
+    size = end - first
+    p = [float(c) for c in counts[first:end]]
+    q = list(p)
+    own = {0, size - 1, 2048 - first}  # both ends and zero have codes of their own
+    for level in range(256):
+        bins = [i for i in range(size) if level * size <= i * 256 < (level + 1) * size]
+        bins = [i for i in bins if i not in own and p[i] > 0]
+        for i in bins:
+            q[i] = sum(p[j] for j in bins) / len(bins)
+    p[0] += sum(counts[:first])
+    p[-1] += sum(counts[end:])
+    seen = [i for i in range(size) if p[i] > 0]
+    total, kept = sum(p), sum(q)
+    return sum(
+        p[i] / total * math.log(p[i] / total / (0.9999 * q[i] / kept + 0.0001 / len(seen)))
+        for i in seen
+    )
+
+
+def long_tailed(kind: str) -> np.ndarray:
+    rng = np.random.default_rng(11)
+    values = rng.laplace(0, 1, 30000)
+    if kind == "relu":
+        values = np.maximum(values, 0)
+    if kind == "shifted":
+        values = np.abs(values) * 3 - 0.3
+    return values
+
+
+@pytest.mark.parametrize("kind", ["both", "relu", "shifted"])
+def test_entropy_against_plain_loops(kind: str) -> None:
+    found = statistics(long_tailed(kind))
+    counts = found.counts.tolist()
+    filled = np.flatnonzero(found.counts)
+    first, end = min(int(filled[0]), 2048), int(filled[-1]) + 1
+    losses = {}
+    for t in entropy.thresholds(first, end)[::9]:
+        window = max(first, 2048 - t), min(end, 2048 + t)
+        losses[t] = plain_entropy(counts, *window)
+        assert entropy.relative_entropy(found.counts, *window) == pytest.approx(losses[t], rel=1e-9)
+    assert max(losses.values()) > 1.2 * min(losses.values())  # something to choose from
+
+
+@pytest.mark.parametrize("kind", ["both", "relu", "shifted"])
+def test_entropy_takes_the_best_of_many_thresholds(kind: str) -> None:
+    found = statistics(long_tailed(kind))
+    filled = np.flatnonzero(found.counts)
+    first, end = min(int(filled[0]), 2048), int(filled[-1]) + 1
+    candidates = entropy.thresholds(first, end)
+    assert len(candidates) == entropy.CANDIDATES
+    losses = {
+        t: entropy.relative_entropy(found.counts, max(first, 2048 - t), min(end, 2048 + t))
+        for t in candidates
+    }
+    best = min(losses, key=lambda t: (losses[t], -t))
+    width = 2.0 ** (found.exponent + 1) / 4096
+    assert entropy.entropy(found) == (
+        max(-best * width, min(found.low, 0.0)),
+        min(best * width, found.high),
+    )
+
+
+def test_entropy_cuts_a_far_tail_and_keeps_what_is_even() -> None:
+    rng = np.random.default_rng(12)
+    even = rng.uniform(-1, 1, 60000)
+    assert entropy.entropy(statistics(even)) == pytest.approx((-1, 1), rel=0.02)
+    tail = np.append(rng.normal(0, 1, 60000), 30.0)
+    low, high = entropy.entropy(statistics(tail))
+    assert 2.5 < high < 8 and -5 < low < -2.5  # ONNX Runtime's stays at 30
+
+
+def test_zeros_of_a_relu_do_not_narrow_the_range() -> None:
+    values = np.random.default_rng(13).uniform(0, 1, 30000)
+    with_zeros = np.append(values, np.zeros(30000))
+    assert entropy.entropy(statistics(with_zeros)) == pytest.approx((0, 1), rel=0.02)
+
+
+def test_entropy_of_constants_and_nothing() -> None:
+    assert entropy.entropy(Statistics()) == (0.0, 0.0)
+    assert entropy.entropy(statistics(np.zeros(4))) == (0.0, 0.0)
+    assert entropy.entropy(statistics(np.full(4, 3.0))) == (0.0, 3.0)
+    assert entropy.entropy(statistics(np.full(4, -3.0))) == (-3.0, 0.0)
 
 
 # --- mean squared error --------------------------------------------------------------------
@@ -284,7 +405,7 @@ def test_values_outside_a_functions_domain_count_as_zero() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30),
-    st.sampled_from(["minmax", "percentile", "mse"]),
+    st.sampled_from(METHODS),
     st.sampled_from([60.0, 99.9, 100.0]),
     st.booleans(),
     st.booleans(),
@@ -304,4 +425,12 @@ def test_choose_does_what_the_method_says() -> None:
     assert ranges.choose(found, "percentile", 99.0, False) == ranges.percentile(found, 99.0)
     assert ranges.choose(found, "mse", 99.0, False) == ranges.mse(found)
     assert ranges.choose(found, "mse", 99.0, True) == ranges.mse(found, symmetric=True)
-    assert len({ranges.choose(found, m, 99.0, False) for m in ("minmax", "percentile", "mse")}) == 3
+    assert ranges.choose(found, "entropy", 99.0, False) == entropy.entropy(found)
+    assert ranges.choose(found, "moving-average", 99.0, False) == ranges.moving_average(found)
+    assert len({ranges.choose(found, m, 99.0, False) for m in METHODS}) == len(METHODS)
+
+
+def test_every_method_of_the_recipe_is_known() -> None:
+    assert get_args(get_type_hints(QuantizeSettings)["ranges"]) == METHODS
+    with pytest.raises(KeyError):
+        ranges.choose(Statistics(), "median", 99.0, False)

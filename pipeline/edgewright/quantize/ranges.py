@@ -6,13 +6,29 @@ A range is (low, high), zero always inside, so that zero has an exact code (padd
 import numpy as np
 
 from edgewright.calibration.statistics import Statistics
+from edgewright.quantize.entropy import entropy
 
 LEVELS = 255  # steps of an 8-bit range
+MOMENTUM = 0.9  # of the moving average; RECENT samples later a weight is below 1e-11
 
 
 def minmax(s: Statistics) -> tuple[float, float]:
     """The extrema, widened to hold zero."""
     return min(s.low, 0.0), max(s.high, 0.0)
+
+
+def moving_average(s: Statistics) -> tuple[float, float]:
+    """The exponential moving average of the samples' own extrema, in their order.
+
+    It begins with the oldest sample kept; what came before would weigh less than rounding.
+    """
+    each = s.last_extrema()
+    if not len(each):
+        return minmax(s)
+    weights = (1 - MOMENTUM) * MOMENTUM ** np.arange(len(each) - 1.0, -1.0, -1.0)
+    weights[0] /= 1 - MOMENTUM
+    low, high = (each * weights[:, None]).sum(axis=0).tolist()
+    return max(min(low, 0.0), min(s.low, 0.0)), min(max(high, 0.0), max(s.high, 0.0))
 
 
 def percentile(s: Statistics, share: float) -> tuple[float, float]:
@@ -80,8 +96,9 @@ def choose(
     s: Statistics, method: str, share: float, symmetric: bool, response: np.ndarray | None = None
 ) -> tuple[float, float]:
     """The range by the recipe's method."""
-    if method == "minmax":
-        return minmax(s)
+    if method == "mse":
+        return mse(s, symmetric, response)
     if method == "percentile":
         return percentile(s, share)
-    return mse(s, symmetric, response)
+    plain = {"minmax": minmax, "moving-average": moving_average, "entropy": entropy}
+    return plain[method](s)
