@@ -39,6 +39,7 @@ from edgewright.soundness import (
     check_with_onnx,
     note,
 )
+from edgewright.stage import Job, Report
 
 TRIAL_SECONDS = 120.0
 MAX_NODES = 200_000
@@ -69,6 +70,11 @@ NEWER_THAN_RUNTIME = (
 )
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+
+
+def run(job: Job) -> Report:
+    """Admit the job's model, as a stage of its own in a limited child."""
+    return admit(job.input_model(), job.output_model())
 
 
 def admit(

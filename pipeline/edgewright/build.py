@@ -469,7 +469,7 @@ def admitted(models: dict[str, Path], line: Line) -> dict[str, Path]:
             folder = line.work / f"admitted-{len(copies)}"
             folder.mkdir()
             job = Job(recipe=line.recipe, target=line.target, folder=folder, model=path)
-            run_in_child("inspection", job, lambda text, done, total: None)
+            run_in_child("admit", job, lambda text, done, total: None)
             copies[path] = job.output_model()
     return {name: copies[path] for name, path in models.items()}
 

@@ -581,6 +581,9 @@ def inspect(model: Path, target_name: str, as_json: bool) -> None:
     \b
     edgewright inspect model.onnx --target arm
     """
+    from edgewright.console import stderr
+    from edgewright.report.findings import findings_text
+
     facts = inspected(model, target_name)
     if as_json:
         emit_json(facts)
@@ -598,9 +601,10 @@ def inspect(model: Path, target_name: str, as_json: bool) -> None:
             ("size", f"{facts['bytes']} bytes, {facts['parameters']} stored values"),
             ("work", f"{facts['macs']} multiply-accumulates{least} with free dimensions at 1"),
             ("nodes", f"{facts['nodes']}: {operators}"),
-            *((line["level"], line["text"]) for line in facts["lint"]),
         ]
     )
+    emit("")
+    emit(findings_text(facts["lint"], stderr.width))
 
 
 def inspected(model: Path, target_name: str) -> Report:

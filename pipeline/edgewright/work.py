@@ -18,12 +18,30 @@ RECURRENT = ("LSTM", "GRU", "RNN")
 WORK = ("Conv", "ConvTranspose", "MatMul", "Gemm", "MatMulNBits", *RECURRENT)
 ROUNDS = 4  # what is computed in one may settle more in the next
 Shape = tuple[int, ...]
+Item = tuple[str, str, int | None]  # operator, first output, multiply-accumulates
 
 
 def work(model: onnx.ModelProto) -> tuple[dict[str, int], str]:
-    """Multiply-accumulates per operator with every free dimension at 1, and what is not known.
+    """Multiply-accumulates per operator with every free dimension at 1, and what is not known."""
+    try:
+        items, _ = node_work(model)
+    except Exception as error:  # a description is no reason to refuse a model that runs
+        return {}, f"sizes inside cannot be inferred: {type(error).__name__}"
+    totals: dict[str, int] = {}
+    unknown = 0
+    for op, _, count in items:
+        if count is None:
+            unknown += 1
+        else:
+            totals[op] = totals.get(op, 0) + count
+    return totals, f"the work of {unknown} nodes is not known" if unknown else ""
 
-    Both branches of an undecided If count, the body of a Loop counts once.
+
+def node_work(model: onnx.ModelProto) -> tuple[list[Item], int]:
+    """The nodes that multiply, and the number of all nodes, with every free dimension at 1.
+
+    Both branches of an undecided If count, the body of a Loop counts once. Raises whatever
+    shape inference raises where it fails.
     """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
@@ -34,23 +52,13 @@ def work(model: onnx.ModelProto) -> tuple[dict[str, int], str]:
     for value in fixed.graph.output:
         value.type.tensor_type.ClearField("shape")
     del fixed.graph.value_info[:]
-    try:
-        sized = with_sizes(fixed)
-    except Exception as error:  # a description is no reason to refuse a model that runs
-        return {}, f"sizes inside cannot be inferred: {type(error).__name__}"
-    totals: dict[str, int] = {}
-    unknown = 0
+    sized = with_sizes(fixed)
+    items: list[Item] = []
     for part in graph.all_graphs(sized.graph):
         shapes = known_shapes(part)
-        for node in part.node:
-            if node.op_type not in WORK:
-                continue
-            count = node_macs(node, shapes.get)
-            if count is None:
-                unknown += 1
-            else:
-                totals[node.op_type] = totals.get(node.op_type, 0) + count
-    return totals, f"the work of {unknown} nodes is not known" if unknown else ""
+        found = [n for n in part.node if n.op_type in WORK]
+        items += [(n.op_type, n.output[0], node_macs(n, shapes.get)) for n in found]
+    return items, graph.count_nodes(sized)
 
 
 def with_sizes(fixed: onnx.ModelProto) -> onnx.ModelProto:

@@ -22,6 +22,7 @@ LAYERS = [
     {"calibration", "data", "model", "runtime", "stage", "metric", "keys"},
     {"admit", "external", "soundness", "parity", "passes", "scaffold", "taps", "mixers", "shelf"},
     {"work"},
+    {"lint"},
     STAGE_MODULES,
     {"device", "report"},
     {"baseline"},
