@@ -66,6 +66,17 @@ class Int8Scheme:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneFacts:
+    """What widths the device's kernels like: `multiple` is what remains of channels and units.
+
+    Channels off the blocks of a kernel cost as much as the next block, and on ONNX Runtime's CPU
+    kernels leave the blocked layout, which is slower than not pruning at all.
+    """
+
+    multiple: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """Limits every model for this target must keep, whatever its recipe says."""
 
@@ -84,6 +95,7 @@ class Target:
     runtime: RuntimeSettings = RuntimeSettings()
     run: RunSettings = RunSettings()
     int8: Int8Scheme = Int8Scheme()
+    prune: PruneFacts = PruneFacts()
     budget: Budget = Budget()
     raw: dict[str, Any] = field(default_factory=dict)
 
@@ -128,6 +140,8 @@ def parse_target(raw: dict[str, Any], where: str = "target profile") -> Target:
         raise BadInput(f"{where}: run.host", expected="the device's SSH host", found="nothing")
     if not 0 <= target.runtime.min_provider_share <= 1:
         raise BadInput(f"{where}: runtime.min_provider_share", expected="0 to 1")
+    if target.prune.multiple < 1:
+        raise BadInput(f"{where}: prune.multiple", expected="at least 1")
     if target.runtime.threads < 1:
         raise BadInput(f"{where}: runtime.threads", expected="at least 1")
     return Target(**{**{f: getattr(target, f) for f in target.__dataclass_fields__}, "raw": raw})

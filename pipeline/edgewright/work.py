@@ -3,7 +3,7 @@
 Sizes are those with every free dimension at 1, after shape arithmetic is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
@@ -43,22 +43,35 @@ def node_work(model: onnx.ModelProto) -> tuple[list[Item], int]:
     Both branches of an undecided If count, the body of a Loop counts once. Raises whatever
     shape inference raises where it fails.
     """
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    for value in graph.real_inputs(fixed):
-        for dim in value.type.tensor_type.shape.dim:
-            if not (dim.HasField("dim_value") and dim.dim_value > 0):
-                dim.dim_value = 1
-    for value in fixed.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    del fixed.graph.value_info[:]
-    sized = with_sizes(fixed)
+    sized = sized_copy(model, {})
     items: list[Item] = []
     for part in graph.all_graphs(sized.graph):
         shapes = known_shapes(part)
         found = [n for n in part.node if n.op_type in WORK]
         items += [(n.op_type, n.output[0], node_macs(n, shapes.get)) for n in found]
     return items, graph.count_nodes(sized)
+
+
+def shapes_of(model: onnx.ModelProto, sizes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes of the main graph's tensors for inputs of these sizes (free dimensions: 1), as far
+    as they follow from them."""
+    return known_shapes(sized_copy(model, sizes).graph)
+
+
+def sized_copy(model: onnx.ModelProto, sizes: Mapping[str, Shape]) -> onnx.ModelProto:
+    """A copy with every size that follows from those of the inputs (free dimensions: 1)."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for value in graph.real_inputs(fixed):
+        for k, dim in enumerate(value.type.tensor_type.shape.dim):
+            if value.name in sizes:
+                dim.dim_value = sizes[value.name][k]
+            elif not (dim.HasField("dim_value") and dim.dim_value > 0):
+                dim.dim_value = 1
+    for value in fixed.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del fixed.graph.value_info[:]
+    return with_sizes(fixed)
 
 
 def with_sizes(fixed: onnx.ModelProto) -> onnx.ModelProto:

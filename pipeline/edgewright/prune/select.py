@@ -1,0 +1,231 @@
+"""Which units go: a budget, shared out over the groups, rounded to what the kernels like.
+
+`uniform` keeps the same share of every group. `global` takes, step by step, the block of units
+that loses least per cost saved (the greedy solution of the knapsack), where a step removes from one
+group as many units as the rounding asks for, and costs are those of the graph as it then is.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edgewright.errors import BadInput
+from edgewright.prune.costs import Costs
+from edgewright.prune.groups import Group
+from edgewright.prune.labels import Analysis
+
+Allocation = Literal["global", "uniform"]
+STEPS = 12  # of a bisection
+TOLERANCE = 0.01  # of the measured latency share
+
+
+@dataclass(frozen=True)
+class Selection:
+    """remove: the units. share: of the cost that remains. rows: per group name, kind, units,
+    kept and, where it was left whole, the reason."""
+
+    remove: frozenset[int]
+    share: float
+    rows: tuple[dict[str, Any], ...]
+
+
+@dataclass
+class Plan:
+    """One group on its way: its units, the least important first, and how many may remain."""
+
+    group: Group
+    order: list[int]
+    widths: list[int]  # that may remain, falling; the first is all units
+    reason: str = ""
+    at: int = 0  # the width chosen
+
+    def block(self) -> list[int]:
+        """The units of the next step; none where it ends here."""
+        if self.at + 1 >= len(self.widths):
+            return []
+        gone = [len(self.order) - w for w in self.widths[self.at : self.at + 2]]
+        return self.order[gone[0] : gone[1]]
+
+    def removed(self) -> list[int]:
+        return self.order[: len(self.order) - self.widths[self.at]]
+
+
+def check_share(share: float) -> None:
+    """Refuse budgets that remove nothing or everything."""
+    if not (math.isfinite(share) and 0 < share < 1):
+        raise BadInput(
+            "the pruning budget",
+            expected="a share that may remain, above 0 and below 1 (0.65 keeps 65 %)",
+            found=repr(share),
+        )
+
+
+def plans_for(analysis: Analysis, scores: Mapping[int, float], multiple: int) -> list[Plan]:
+    """The groups in graph order, with the widths that rounding allows."""
+    if multiple < 1:
+        raise BadInput("the multiple that widths are rounded to", expected="1 or more",
+                       found=str(multiple))  # fmt: skip
+    plans = []
+    for group in analysis.groups:
+        step = 1 if group.kind == "heads" else multiple
+        units = list(group.units)
+        known = all(math.isfinite(scores.get(u, math.nan)) for u in units)
+        widths = [w for w in range(len(units) - 1, 0, -1) if w % step == 0]
+        reason = ""
+        if not known:
+            reason = "the criterion says nothing about it"
+        elif not widths:
+            reason = f"{len(units)} units: none can go when multiples of {step} remain"
+        order = units if reason else sorted(units, key=lambda u: (scores[u], u))
+        plans.append(Plan(group, order, [len(units), *([] if reason else widths)], reason))
+    if all(plan.reason for plan in plans):
+        reasons = {p.reason for p in plans} | {f["reason"] for f in analysis.frozen}
+        raise BadInput(
+            "nothing in this model can be pruned",
+            found="; ".join(sorted(reasons)[:5]) or "no prunable units",
+            hint="leave [prune] out of the recipe, or see the report of `inspect`",
+        )
+    return plans
+
+
+def select(
+    analysis: Analysis,
+    scores: Mapping[int, float],
+    costs: Costs,
+    share: float,
+    multiple: int = 1,
+    allocation: Allocation = "global",
+) -> Selection:
+    """The units to remove so that at most `share` of the cost remains, missed by one step at most.
+
+    costs: fresh, of the whole model; used up. multiple: of what remains in each group (heads are
+    counted as heads); groups that cannot shrink to a multiple stay whole, with a reason. Raises
+    BadInput for a share outside (0, 1), where nothing is prunable, and for a budget below what
+    is left when every group is at its least.
+    """
+    check_share(share)
+    plans = plans_for(analysis, scores, multiple)
+    goal = share * costs.total
+    least = costs_without(costs, [u for p in plans for u in p.order[: len(p.order) - p.widths[-1]]])
+    if least > goal:
+        raise BadInput(
+            f"a budget of {share:g} cannot be met",
+            expected=f"at least {least / costs.total:.3f}, which is what cannot be pruned",
+            hint="raise the budget of [prune]",
+        )
+    if allocation == "uniform":
+        evenly(plans, costs, goal)
+    else:
+        cheapest_first(plans, scores, costs, goal)
+    remove = [u for plan in plans for u in plan.removed()]
+    return Selection(frozenset(remove), costs.now / costs.total, tuple(row(p) for p in plans))
+
+
+def costs_without(costs: Costs, units: list[int]) -> float:
+    return costs.now - costs.saving(units)
+
+
+def evenly(plans: list[Plan], costs: Costs, goal: float) -> None:
+    """Move all groups to the largest common share of units that meets the goal."""
+
+    def at(keep: float) -> list[int]:
+        """Of each plan, the first width that is at most the share (the last one otherwise)."""
+        places = []
+        for plan in plans:
+            fitting = (i for i, w in enumerate(plan.widths) if w <= keep * len(plan.order) + 1e-9)
+            places.append(next(fitting, len(plan.widths) - 1))
+        return places
+
+    def removed(places: list[int]) -> list[int]:
+        return [u for p, i in zip(plans, places, strict=True)
+                for u in p.order[: len(p.order) - p.widths[i]]]  # fmt: skip
+
+    shares = sorted({w / len(p.order) for p in plans for w in p.widths})
+    low, high = 0, len(shares) - 1  # the cost rises with the share: shares[low] meets the goal
+    while high - low > 1:
+        middle = (low + high) // 2
+        if costs_without(costs, removed(at(shares[middle]))) <= goal:
+            low = middle
+        else:
+            high = middle
+    for plan, place in zip(plans, at(shares[low]), strict=True):
+        plan.at = place
+    costs.remove([u for p in plans for u in p.removed()])
+
+
+def cheapest_first(
+    plans: list[Plan], scores: Mapping[int, float], costs: Costs, goal: float
+) -> None:
+    """Remove block after block, each time the one with the least loss per cost saved."""
+    neighbours = [costs.touched(p.order) for p in plans]
+    prices: dict[int, float] = {}
+
+    def price(k: int) -> float:
+        block = plans[k].block()
+        saving = costs.saving(block) if block else 0.0
+        return sum(scores[u] for u in block) / saving if saving > 0 else math.inf
+
+    for k in range(len(plans)):
+        prices[k] = price(k)
+    while costs.now > goal:
+        best = min(prices, key=lambda k: (prices[k], k))
+        if prices[best] == math.inf:
+            return  # what is left saves nothing of this cost
+        costs.remove(plans[best].block())
+        plans[best].at += 1
+        for k in range(len(plans)):
+            if k == best or neighbours[k] & neighbours[best]:
+                prices[k] = price(k)
+
+
+def row(plan: Plan) -> dict[str, Any]:
+    """A group's line in the report."""
+    return {
+        "group": plan.group.name,
+        "kind": plan.group.kind,
+        "units": len(plan.order),
+        "kept": plan.widths[plan.at],
+        "reason": plan.reason,
+    }
+
+
+def for_latency(
+    choose: Callable[[float], Selection], measure: Callable[[Selection], float], share: float
+) -> Selection:
+    """The selection whose measured latency is at most `share` of the original's.
+
+    choose: a selection for a share of multiply-accumulates. measure: cuts the model and measures
+    its latency on the target, as a share. Bisects the first until the second holds. Raises
+    BadInput where even the smallest model is slower than asked.
+    """
+    check_share(share)
+    low, high = 0.0, 1.0  # shares of work: fast enough or impossible, too slow
+    best: Selection | None = None
+    work = share
+    for _ in range(STEPS):
+        found = chosen(choose, work)
+        latency = measure(found) if found else 0.0
+        if found and latency <= share:
+            best = found
+        if latency <= share:
+            low = work
+        else:
+            high = work
+        if high - low < TOLERANCE or (best and share - TOLERANCE < latency <= share):
+            break
+        work = (low + high) / 2
+    if best is None:
+        raise BadInput(
+            f"a latency of {share:g} of the original's cannot be reached by pruning",
+            hint="raise the budget of [prune]",
+        )
+    return best
+
+
+def chosen(choose: Callable[[float], Selection], work: float) -> Selection | None:
+    """The selection for a share of work, None where so little cannot remain."""
+    try:
+        return choose(work)
+    except BadInput:
+        return None
