@@ -40,13 +40,15 @@ class Analysis:
     labels: for every tensor of the main graph with known rank one int array per axis: the unit
     each index belongs to, 0 where it is frozen; of length 0 where the length is not known.
     groups: units that look the same to every tensor, in graph order. frozen: what no rule
-    covers, as {"node", "op", "reason"}. mixes: where consumers sum over an axis.
+    covers, as {"node", "op", "reason"}. mixes: where consumers sum over an axis. policy: the way
+    chosen at places that may go several ways, in words.
     """
 
     labels: dict[str, tuple[np.ndarray, ...]]
     groups: tuple[Group, ...]
     frozen: tuple[dict[str, str], ...]
     mixes: tuple[Mix, ...]
+    policy: str = ""
 
 
 def analyse(model: onnx.ModelProto) -> Analysis:
@@ -74,7 +76,17 @@ def analyse(model: onnx.ModelProto) -> Analysis:
                 if left < BETTER * least:
                     best, least, policy = found, left, policy | {key: way}
     labels = unit_labels(best)
-    return Analysis(labels, find_groups(best, labels), tuple(best.frozen), tuple(best.mixes))
+    groups = find_groups(best, labels)
+    chosen = in_words(default, policy) if best.choices else ""
+    return Analysis(labels, groups, tuple(best.frozen), tuple(best.mixes), chosen)
+
+
+def in_words(default: int, policy: dict[tuple, int]) -> str:
+    """The ways chosen: `outer` lets the first of several axes live, `inner` the last."""
+    words = ["outer" if default == 0 else "inner"]
+    for key, way in policy.items():
+        words.append(f"{key[0]} {' '.join(map(str, key[1:]))}: way {way}")
+    return "; ".join(words)
 
 
 def known_shapes(model: onnx.ModelProto) -> dict[str, list[Dim]]:

@@ -91,6 +91,8 @@ def reshape(ax: Axes, node: onnx.NodeProto) -> None:
             continue
         p = pick(ax, key, [xs[k] for k in ours])
         q = pick(ax, key, [ys[k] for k in theirs])
+        if p is None or q is None:
+            p = q = None
         ax.freeze(*(xs[k] for i, k in enumerate(ours) if i != p))
         ax.freeze(*(ys[k] for i, k in enumerate(theirs) if i != q))
         if p is None or q is None:

@@ -2,13 +2,16 @@
 
 Files store equal tensors once: the ones of two fresh normalisations, a bias of zeros. To the
 analysis one stored tensor is one set of indices, and all its readers would lose the same units.
-Vectors (at most one axis longer than 1) are copied for each reading operand; larger tensors
-that are shared stay tied, as they were meant. `share` joins equal tensors again.
+Vectors (one axis longer than 1) and tensors of one value all over, such as first states, are
+copied for each reading operand; other tensors that are shared stay tied, as they were meant.
+`share` joins equal tensors again.
 """
 
 import onnx
 
-from edgewright.model import all_graphs, initializers
+from edgewright.model import all_graphs, array, initializers
+
+MAX_FILLED = 1 << 16  # values of a tensor that is copied because all are equal
 
 
 def untie(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -25,7 +28,7 @@ def untie(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in graph.node:
         for k, name in enumerate(node.input):
             tensor = stored.get(name)
-            if tensor is None or sum(d > 1 for d in tensor.dims) != 1 or not is_float(tensor):
+            if tensor is None or not is_plain(tensor):
                 continue
             if name not in seen and name not in held:
                 seen.add(name)
@@ -41,7 +44,13 @@ def untie(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def is_float(tensor: onnx.TensorProto) -> bool:
-    """Whether the tensor holds numbers that a layer may have as its own."""
+def is_plain(tensor: onnx.TensorProto) -> bool:
+    """Whether layers that share the tensor may have meant no more than equal values."""
     kinds = onnx.TensorProto
-    return tensor.data_type in (kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE)
+    if tensor.data_type not in (kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE):
+        return False
+    long = sum(d > 1 for d in tensor.dims)
+    if long <= 1:
+        return long == 1
+    values = array(tensor)
+    return values.size <= MAX_FILLED and bool((values == values.flat[0]).all())
