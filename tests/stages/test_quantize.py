@@ -254,18 +254,25 @@ def test_symmetric_activations_have_the_middle_as_zero(tmp_path: Path) -> None:
 
 
 def test_weights_leave_head_room_where_products_saturate(tmp_path: Path) -> None:
+    # Pairs: (2, 1) and (1, -4); (1, 1) and (0, 4). The first output needs 4 / 127 for its peak,
+    # the second no more, as its 4 meets a 0; the third 7 / 128 for a pair, and 3.5 is 64.
+    weight = np.float32([[2, 1, 1, -4], [1, 1, 0, 4], [3.5, 3.5, 0, 0]])
     source = net(
-        "g (float[1,6,8,8] x) => (float[1,4,8,8] y) { y = Conv(x, w, b) }",
-        w=normal(4, 6, 1, 1),
-        b=normal(4),
+        "g (float[1,4,8,8] x) => (float[1,3,8,8] y) { y = Conv(x, w, b) }",
+        w=weight.reshape(3, 4, 1, 1),
+        b=normal(3),
     )
-    data = {"x": normal(8, 6, 8, 8)}
-    for saturates, most in ((False, 127), (True, 63)):
+    data = {"x": normal(8, 4, 8, 8)}
+    for saturates, last in ((False, 127), (True, 64)):
         _, model = quantized(
             tmp_path / str(saturates), source, data, here(saturates=saturates), corrections=False
         )
         codes = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}["w_quantized"]
-        assert np.abs(codes.astype(int)).max(axis=(1, 2, 3)).tolist() == [most] * 4
+        assert codes.reshape(3, 4).tolist() == [
+            [64, 32, 32, -127],
+            [32, 32, 0, 127],
+            [last, last, 0, 0],
+        ]
 
 
 def test_codes_and_scales_by_hand(tmp_path: Path) -> None:
@@ -1100,26 +1107,27 @@ def test_one_scale_for_all_groups(tmp_path: Path) -> None:
     assert sqnr_db(source, model, {"x": normal(1, 4, 8, 8, seed=4)}) > 30
 
 
-@pytest.mark.parametrize(("saturates", "most"), [(True, 63), (False, 127)])
-def test_rounding_by_output_keeps_the_head_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saturates: bool, most: int
+@pytest.mark.parametrize("saturates", [True, False])
+def test_rounding_by_output_is_told_which_weights_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saturates: bool
 ) -> None:
-    # What happens without is in test_rounding: codes pass the limit.
+    # What happens without is in test_saturation.
     asked = []
 
     def watched(*args: Any, **named: Any) -> np.ndarray:
-        asked.append(named.get("limit"))
+        asked.append(named["pairs"].tolist())
         return rounding.round_by_output(*args, **named)
 
     monkeypatch.setattr("edgewright.quantize.build.rounding", SimpleNamespace(**vars(rounding)))
     monkeypatch.setattr("edgewright.quantize.build.rounding.round_by_output", watched)
     source = net(
-        "g (float[1,3,8,8] x) => (float[1,4,6,6] y) { y = Conv(x, w, b) }",
-        w=normal(4, 3, 3, 3),
+        "g (float[1,3,8,8] x) => (float[1,4,7,7] y) { y = Conv(x, w, b) }",
+        w=normal(4, 3, 2, 2),
         b=normal(4),
     )
     quantized(tmp_path, source, {"x": normal(16, 3, 8, 8)}, here(saturates=saturates))
-    assert asked == [most]
+    expected = [[0, 4], [8, 1], [5, 9], [2, 6], [10, 3], [7, 11]] if saturates else []
+    assert asked == [expected]
 
 
 @pytest.mark.parametrize(

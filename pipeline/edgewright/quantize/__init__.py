@@ -16,7 +16,7 @@ from edgewright.data import Feed, samples
 from edgewright.errors import BadInput
 from edgewright.metric import Metric, has_metric
 from edgewright.passes.activations import canonical_activations
-from edgewright.quantize import audit, build, fidelity, placement, rollback
+from edgewright.quantize import audit, build, fidelity, headroom, placement, rollback
 from edgewright.quantize.calibrate import collect
 from edgewright.quantize.equalize import equalize
 from edgewright.quantize.layers import find_layers
@@ -75,6 +75,10 @@ def run(job: Job) -> Report:
         if ratio > MUST_PAY:
             reason = f"int8 does not pay on this target: {ratio:.2f} of the float model's time"
             return stay_float(job, reason, plan.reasons, choices)
+    if headroom.needed(job.target.int8):
+        headroom.prove(quantized)
+        if ingredients is not None:
+            choices.append({"step": "head-room"} | headroom.figures(ingredients.model, quantized))
     graph.save(quantized, job.output_model())
     try:
         figures, strays = audit.audit(job.output_model(), list(plan.nodes), job.target, job.folder)
@@ -230,6 +234,9 @@ def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> buil
     scheme = job.target.int8
     fit, held = split(list(samples(job.recipe, specs, build.FIT_SAMPLES + HELD_SAMPLES)))
     judged = fidelity.judged_tensors(model)
+    scales = build.weight_scales(model, find_layers(model, plan.nodes), scheme)
+    if headroom.needed(scheme):
+        scales = headroom.with_room(model, plan.nodes, scales, scheme)
     return build.Ingredients(
         model=model,
         scheme=scheme,
@@ -240,7 +247,7 @@ def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> buil
         held=held,
         judged=judged,
         reference=fidelity.values_of(model, judged, held),
-        weights=build.weight_scales(model, find_layers(model, plan.nodes), scheme),
+        weights=scales,
     )
 
 

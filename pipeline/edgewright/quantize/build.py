@@ -11,7 +11,16 @@ from edgewright.calibration.statistics import Statistics
 from edgewright.data import Feed
 from edgewright.errors import BadInput
 from edgewright.model import consumers, initializers
-from edgewright.quantize import correct, embeddings, fidelity, layers, ranges, rounding
+from edgewright.quantize import (
+    correct,
+    embeddings,
+    fidelity,
+    headroom,
+    layers,
+    ranges,
+    rounding,
+    saturation,
+)
 from edgewright.quantize.placement import Placement
 from edgewright.quantize.scales import ActivationRange, WeightScales
 from edgewright.quantize.write import write_qdq
@@ -75,15 +84,6 @@ def activation_ranges(
     return found
 
 
-def largest_code(scheme: Int8Scheme) -> int:
-    """The largest weight code: half where pairs of products saturate 16 bits.
-
-    VPMADDUBSW adds two products of 8 bits in 16: 255 * 63 * 2 = 32130 fits, 255 * 127 * 2 does
-    not.
-    """
-    return rounding.QMAX // 2 if scheme.saturates else rounding.QMAX
-
-
 def weight_scales(
     model: onnx.ModelProto, found: list[layers.Layer], scheme: Int8Scheme
 ) -> dict[str, WeightScales]:
@@ -96,7 +96,6 @@ def weight_scales(
     for layer in found:
         axes.setdefault(layer.weight, set()).add(layer.channel_axis)
     scales = {}
-    limit = largest_code(scheme)
     for layer in found:
         weight = numpy_helper.to_array(stored[layer.weight])
         if scheme.per_channel and len(axes[layer.weight]) == 1:
@@ -104,7 +103,7 @@ def weight_scales(
             axis: int | None = layer.channel_axis
         else:
             peak, axis = np.abs(weight).max().reshape(1), None
-        values = np.where(peak > TINY, peak, limit) / limit
+        values = np.where(peak > TINY, peak, rounding.QMAX) / rounding.QMAX
         scales[layer.weight] = WeightScales(axis, values.astype(np.float32))
     return scales
 
@@ -121,6 +120,8 @@ def write(ingredients: Ingredients, placement: Placement) -> onnx.ModelProto:
         {k: v for k, v in ingredients.weights.items() if k in used},
         FLOAT_OUTPUTS,
     )
+    if headroom.needed(ingredients.scheme):
+        headroom.repair(quantized)
     embeddings.shrink(quantized, placement.tables)
     return quantized
 
@@ -219,6 +220,7 @@ def round_weights(ingredients: Ingredients, placement: Placement, tell: Tell) ->
     ]
     moments = layers.input_moments(ingredients.model, chosen, lambda: iter(ingredients.fit), tell)
     stored = initializers(ingredients.model.graph)
+    nodes = {n.name: n for n in ingredients.model.graph.node}
     for k, layer in enumerate(chosen):
         tell("rounding weights", k, len(chosen))
         if layer.node not in moments:
@@ -228,8 +230,10 @@ def round_weights(ingredients: Ingredients, placement: Placement, tell: Tell) ->
         values = ingredients.weights[layer.weight].values.astype(np.float64)
         shape = matrix.shape[:2] if values.size > 1 else (1, 1)
         scale = np.broadcast_to(values.reshape(shape), matrix.shape[:2])
-        limit = largest_code(ingredients.scheme)
-        codes = rounding.round_by_output(matrix, scale, moments[layer.node], limit=limit)
+        pairs = saturation.pairs(0)
+        if headroom.needed(ingredients.scheme):
+            pairs = headroom.meeting(nodes[layer.node], weight.shape)
+        codes = rounding.round_by_output(matrix, scale, moments[layer.node], pairs=pairs)
         rounded = layer.stored(codes * scale[..., None], weight).astype(np.float32)
         stored[layer.weight].CopyFrom(numpy_helper.from_array(rounded, layer.weight))
     correct_biases(ingredients, placement, tell)

@@ -55,6 +55,8 @@ def write_qdq(
     roomy = with_room_for_biases(chosen, initializers(copy.graph), ranges, weights)
     overrides = {name: weight_override(s, scheme.weights) for name, s in roomy.items()}
     for name in stacked_weights(chosen, initializers(copy.graph)):
+        if name in overrides:
+            continue
         overrides[name] = [{"quant_type": TYPES[scheme.weights], "symmetric": True}]
     root = logging.getLogger()
     level = root.level
