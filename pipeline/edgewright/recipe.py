@@ -55,7 +55,8 @@ class QuantizeSettings:
     an int8 kernel for; off = stay float; a list of patterns = only the nodes whose name or
     operator type matches one (shell-style wildcards). exclude: patterns of nodes to keep float.
     corrections: try equalization, bias correction and rounding by output error, each kept only
-    where it helps. max_samples: calibration samples to use, 0 for all.
+    where it helps. max_samples: calibration samples to use, 0 for all. measure: let a clock
+    drop what does not pay (scope auto, local targets); false: rules only, alike everywhere.
     """
 
     scope: Literal["auto", "full", "off"] | tuple[str, ...] = "auto"
@@ -64,6 +65,7 @@ class QuantizeSettings:
     percentile: float = 99.99
     corrections: bool = True
     max_samples: int = 0
+    measure: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from onnx import TensorProto, numpy_helper
 
 from edgewright import quantize
 from edgewright.errors import BadInput, EdgewrightError, EnvironmentMissing
-from edgewright.quantize import correct, fidelity, refine, rounding
+from edgewright.quantize import correct, fidelity, pricing, refine, rounding
 from edgewright.recipe import load_recipe, parse_recipe
 from edgewright.runtime.launch import host_isa, launch_for
 from edgewright.stage import Job, Report
@@ -678,6 +678,8 @@ def test_a_target_without_int8_keeps_the_model(tmp_path: Path) -> None:
 
 
 def test_int8_that_does_not_pay_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing may be dropped region by region here: this is about the model as a whole.
+    monkeypatch.setattr(pricing, "LEAST_SHARE", 9.0)
     for ratio, stays in ((1.2, True), (0.5, False)):
         monkeypatch.setattr(quantize, "cpu_ratio", lambda *_, ratio=ratio: ratio)
         report, model = quantized(tmp_path / str(ratio), residual(), PICTURES, scope="auto")
@@ -686,6 +688,63 @@ def test_int8_that_does_not_pay_is_dropped(tmp_path: Path, monkeypatch: pytest.M
         if stays:
             assert "1.20 of the float model's time" in report["reason"]
             assert model == residual()
+
+
+def wasteful() -> tuple[onnx.ModelProto, Data]:
+    """Layers that gain by int8 behind one that loses by a factor of two.
+
+    Float convolutions of few channels have kernels of their own, which do HardSwish, too.
+    """
+    source = net(
+        """g (float[1,3,96,96] x) => (float[1,32,24,24] y) {
+            a = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (x, stem)
+            b = HardSwish(a)
+            d = Conv <kernel_shape=[3,3], pads=[1,1,1,1], strides=[4,4]> (b, w1)
+            e = Relu(d)
+            f = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (e, w2)
+            g1 = Relu(f)
+            y = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (g1, w3)
+        }""",
+        stem=normal(16, 3, 3, 3),
+        w1=normal(128, 16, 3, 3, seed=2, scale=0.1),
+        w2=normal(128, 128, 3, 3, seed=3, scale=0.03),
+        w3=normal(32, 128, 3, 3, seed=4, scale=0.03),
+    )
+    return source, {"x": normal(6, 3, 96, 96, seed=5)}
+
+
+def test_a_region_that_loses_on_this_machine_goes_back_to_float(tmp_path: Path) -> None:
+    source, data = wasteful()
+    report, _ = quantized(tmp_path, source, data, on("cpu"), scope="auto", corrections=False)
+    prices = report["prices"]
+    assert prices["clock"] and prices["sessions"] == 2 and prices["margin"] == 1.15
+    (dropped,) = [r for r in prices["regions"] if r["decision"].startswith("float")]
+    assert dropped["nodes"] == ["a"]
+    assert dropped["int8_us"] > 1.15 * (dropped["float_us"] + dropped["border_us"])
+    assert prices["cpu_ratio"] < 0.985
+    assert reason(report, "a").startswith("measured: ")
+    assert {"d", "f", "y"} <= set(placed(report, "int8"))
+    # What is priced is the whole: each int8 layer is in one region.
+    regions = [n for r in prices["regions"] for n in r["nodes"]]
+    assert sorted(regions) == sorted({*placed(report, "int8"), "a"})
+    assert all(r["int8_us"] > 0 and r["float_us"] > 0 for r in prices["regions"])
+
+
+def test_without_a_clock_rules_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_clock(*_: object) -> None:
+        raise AssertionError("a clock was asked")
+
+    for module, name in ((quantize, "cpu_ratio"), (pricing, "cpu_ratio"), (pricing, "profile")):
+        monkeypatch.setattr(module, name, no_clock)
+    source, data = wasteful()
+    more = {"scope": "auto", "measure": False, "corrections": False}
+    report, _ = quantized(tmp_path, source, data, **more)
+    assert "a" in placed(report, "int8")
+    assert report["prices"] == {
+        "clock": False,
+        "reason": "the recipe says measure = false: rules alone decide",
+        "regions": [],
+    }
 
 
 # --- corrections ---------------------------------------------------------------------------
@@ -893,14 +952,11 @@ def graded(folder: Path, source: onnx.ModelProto, score: str = SCORE) -> dict[st
     }
 
 
-def test_a_layer_at_fault_goes_back_to_float(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quantize, "cpu_ratio", lambda *_: 0.5)
+def test_a_layer_at_fault_goes_back_to_float(tmp_path: Path) -> None:
     source = at_fault()
     recipe = graded(tmp_path, source)
     data = {"x": normal(24, 1, 8, seed=71)}
-    report, model = quantized(tmp_path, source, data, recipe=recipe, scope="auto")
+    report, model = quantized(tmp_path, source, data, recipe=recipe, scope="auto", measure=False)
     asked = [c for c in report["choices"] if c["step"] in ("metric", "rollback")]
     assert asked[0]["regions_in_float"] == 0 and asked[0]["retained"] < 0.9
     assert asked[0]["wanted"] == pytest.approx(0.98)
@@ -914,10 +970,7 @@ def test_a_layer_at_fault_goes_back_to_float(
     assert placed(full, "int8") == ["a", "k", "y"]
 
 
-def test_no_placement_keeps_a_metric_that_wants_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quantize, "cpu_ratio", lambda *_: 0.5)
+def test_no_placement_keeps_a_metric_that_wants_the_same_bits(tmp_path: Path) -> None:
     source = at_fault()
     feed = normal(1, 8, seed=72)
     exact = outputs(source, {"x": feed})[0]
@@ -930,7 +983,12 @@ def score(run, data):
 """
     recipe = graded(tmp_path, source, score)
     report, model = quantized(
-        tmp_path, source, {"x": normal(24, 1, 8, seed=71)}, recipe=recipe, scope="auto"
+        tmp_path,
+        source,
+        {"x": normal(24, 1, 8, seed=71)},
+        recipe=recipe,
+        scope="auto",
+        measure=False,
     )
     assert report["stayed_float"] and "no int8 placement keeps the metric" in report["reason"]
     assert model == source
@@ -1004,7 +1062,13 @@ def test_nothing_is_written_where_the_metric_fails(
     source = at_fault()
     recipe = graded(tmp_path, source, score)
     work = job(
-        tmp_path, source, {"x": normal(8, 1, 8)}, recipe=recipe, scope="auto", corrections=False
+        tmp_path,
+        source,
+        {"x": normal(8, 1, 8)},
+        recipe=recipe,
+        scope="auto",
+        measure=False,
+        corrections=False,
     )
     with pytest.raises(EdgewrightError, match=said):
         quantize.run(work)

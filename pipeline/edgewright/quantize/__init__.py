@@ -16,7 +16,7 @@ from edgewright.data import Feed, samples
 from edgewright.errors import BadInput
 from edgewright.metric import Metric, has_metric
 from edgewright.passes.activations import canonical_activations
-from edgewright.quantize import audit, build, fidelity, headroom, placement, rollback
+from edgewright.quantize import audit, build, fidelity, headroom, placement, pricing, rollback
 from edgewright.quantize.calibrate import collect
 from edgewright.quantize.equalize import equalize
 from edgewright.quantize.layers import find_layers
@@ -32,6 +32,7 @@ HELD_SAMPLES = 12
 NEAR_DB = 25.0  # outputs at 6 % of their size from the original, for models without a metric
 OLDEST_OPSET = 13  # DequantizeLinear with an axis
 PAY_SAMPLES = 4
+HOPELESS = 1.0  # the same before corrections, with room for a second measurement
 MUST_PAY = 0.97  # int8 that is not clearly faster is not worth what it costs the metric
 
 
@@ -47,12 +48,34 @@ def run(job: Job) -> Report:
     plan = placement.choose(model, settings)
     retained = metric_of(job, source)
     choices: list[dict[str, Any]] = []
+    prices: Report = who_decides(job)
     quantized: onnx.ModelProto | None = None
     ingredients: build.Ingredients | None = None
-    ops = {n.name: n.op_type for n in model.graph.node}
-    may_be_dynamic = "LSTM" in ops.values() and scheme.dynamic and isinstance(settings.scope, str)
-    if any(ops[name] in placement.CORE for name in plan.nodes):
+    feeds = list(samples(job.recipe, graph.input_specs(model), PAY_SAMPLES))
+    may_be_dynamic = (
+        any(n.op_type == "LSTM" for n in model.graph.node)
+        and scheme.dynamic
+        and isinstance(settings.scope, str)
+    )
+
+    def leave(reason: str) -> Report:
+        return stay_float(job, reason, plan.reasons, choices, prices)
+
+    if plan.cores(model):
         ingredients, choices = equalized(job, model, plan)
+        if prices["clock"]:
+            plan, ingredients, prices = pricing.drop_losers(
+                ingredients, plan, job.target, feeds, job.tell
+            )
+    elif not may_be_dynamic:
+        return leave("no layer of the model has an int8 kernel here")
+    if ingredients is not None and plan.cores(model):
+        if prices["clock"] and not may_be_dynamic:
+            # Corrections change no kernel: what does not pay without them is not worth them.
+            ratio = cpu_ratio(build.write(ingredients, plan), source, feeds)
+            if ratio > HOPELESS:
+                choices.append({"step": "pay", "cpu_ratio": round(ratio, 2)})
+                return leave(does_not_pay(ratio))
         ingredients, tried = refined(ingredients, plan, calibration(job, model), job.tell)
         choices += tried
         quantized, kept, rows = build.adjust(ingredients, plan, job.tell)
@@ -60,21 +83,18 @@ def run(job: Job) -> Report:
         if retained is not None and settings.scope == "auto":
             plan, quantized, asked = hold_metric(job, ingredients, plan, kept, quantized, retained)
             choices += asked
-    elif not may_be_dynamic:
-        return stay_float(job, "no layer of the model has an int8 kernel here", plan.reasons)
+    elif ingredients is not None and not may_be_dynamic:
+        return leave("no int8 layer pays on this target, measured one by one")
     if may_be_dynamic:
         quantized, plan, asked = dynamic_lstms(job, model, quantized, plan, retained)
         choices += asked
     if quantized is None:
-        reason = "no int8 placement keeps the metric at the recipe's min_retained"
-        return stay_float(job, reason, plan.reasons, choices)
-    if settings.scope == "auto" and job.target.run.how == "local":
-        few = list(samples(job.recipe, graph.input_specs(model), PAY_SAMPLES))
-        ratio = cpu_ratio(quantized, source, few)
+        return leave("no int8 placement keeps the metric at the recipe's min_retained")
+    if prices["clock"]:
+        ratio = cpu_ratio(quantized, source, feeds)
         choices.append({"step": "pay", "cpu_ratio": round(ratio, 2)})
         if ratio > MUST_PAY:
-            reason = f"int8 does not pay on this target: {ratio:.2f} of the float model's time"
-            return stay_float(job, reason, plan.reasons, choices)
+            return leave(does_not_pay(ratio))
     if headroom.needed(job.target.int8):
         headroom.prove(quantized)
         if ingredients is not None:
@@ -85,7 +105,25 @@ def run(job: Job) -> Report:
     except BaseException:
         job.output_model().unlink(missing_ok=True)
         raise
-    return report(job, model, plan, figures, strays, choices, ingredients, quantized)
+    made = report(job, model, plan, figures, strays, choices, ingredients, quantized)
+    return {**made, "prices": prices}
+
+
+def who_decides(job: Job) -> Report:
+    """Whether a clock takes part in choosing layers, and why not; no regions priced yet."""
+    settings = job.recipe.quantize
+    reason = ""
+    if settings.scope != "auto":
+        reason = f"the recipe's scope decides ({settings.scope})"
+    elif not settings.measure:
+        reason = "the recipe says measure = false: rules alone decide"
+    elif job.target.run.how != "local":
+        reason = f"target {job.target.name} does not run here: emulated time is no time"
+    return {"clock": not reason, "reason": reason, "regions": []}
+
+
+def does_not_pay(ratio: float) -> str:
+    return f"int8 does not pay on this target: {ratio:.2f} of the float model's time"
 
 
 def metric_of(job: Job, source: Path) -> Callable[[onnx.ModelProto], float] | None:
@@ -352,8 +390,6 @@ def faster_float(job: Job) -> tuple[onnx.ModelProto, float] | None:
     The runtime fuses HardSwish into a float convolution, not the four nodes some exporters
     write for it. None where there is nothing to rewrite, or where it is not clearly faster.
     """
-    if job.target.run.how != "local":
-        return None
     source = job.input_model()
     model = graph.load(source)
     changed = canonical_activations(model)
@@ -369,10 +405,11 @@ def stay_float(
     reason: str,
     reasons: dict[str, str] | None = None,
     choices: list[dict[str, Any]] | None = None,
+    prices: Report | None = None,
 ) -> Report:
     """Pass the model on in float, saying why; with faster activations where those pay here."""
     choices = list(choices or [])
-    fused = faster_float(job) if job.recipe.quantize.scope == "auto" else None
+    fused = faster_float(job) if who_decides(job)["clock"] else None
     if fused is None:
         shutil.copyfile(job.input_model(), job.output_model())
     else:
@@ -389,6 +426,7 @@ def stay_float(
         "reason": reason,
         "placement": rows,
         "audit": None,
+        "prices": prices or who_decides(job),
         "choices": choices,
         "model": graph.summary(job.output_model()),
     }

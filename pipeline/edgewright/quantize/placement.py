@@ -63,6 +63,11 @@ class Placement:
             self.tables,
         )
 
+    def cores(self, model: onnx.ModelProto) -> bool:
+        """Whether any weighted layer is int8."""
+        chosen = set(self.nodes)
+        return any(n.name in chosen and n.op_type in CORE for n in model.graph.node)
+
     def adding(self, names: Iterable[str]) -> "Placement":
         """The placement with more int8 nodes."""
         more = tuple(n for n in names if n not in self.nodes)

@@ -1,8 +1,9 @@
 """Back to float, region by region, until the metric holds.
 
 Regions are runs of neighbouring int8 layers. Each is priced once, without labels: its share of
-the noise in the outputs and its share of the work. The metric, which is dear, is asked only for
-a few prefixes of the regions in the order of noise saved per work given up.
+the noise in the outputs and its share of what int8 gains: time where that was measured, else
+multiplications. The metric, which is dear, is asked only for a few prefixes of the regions in
+the order of noise saved per gain given up.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ FLOOR = 0.02  # work share that any region counts for: its borders cost time, to
 class Region:
     """Neighbouring nodes that go back to float together.
 
-    noise: its share of the noise power in the outputs. work: its share of the multiplications.
+    noise: its share of the noise power in the outputs. work: its share of what int8 gains.
     """
 
     nodes: tuple[str, ...]
@@ -51,7 +52,9 @@ def regions_of(model: onnx.ModelProto, placement: Placement) -> list[tuple[str, 
 
 
 def work_of(ingredients: Ingredients, placement: Placement) -> dict[str, float]:
-    """Multiplications per layer on a calibration sample, as shares of all int8 layers'."""
+    """What a layer gains as int8, as a share of all layers: measured, else multiplications."""
+    if ingredients.gains:
+        return ingredients.gains
     macs = {
         layer.node: ingredients.statistics[layer.output].size * layer.columns
         for layer in find_layers(ingredients.model, placement.nodes)

@@ -188,6 +188,25 @@ def quantize(report: tables.Report) -> dict[str, Any]:
         "float": len(kept),
         "groups": groups,
         "choices": [choice_row(row) for row in rows(report.get("choices"))],
+        "prices": prices(table(report.get("prices"))),
+    }
+
+
+def prices(found: tables.Report) -> dict[str, Any]:
+    """What int8 gains per region, dearest first, and by which margins regions were dropped."""
+    regions = rows(found.get("regions"))
+    facts = {k: v for k, v in found.items() if k != "regions" and v not in (None, "")}
+    regions.sort(key=lambda r: -(number(r.get("float_us")) or 0.0))
+    return {
+        "facts": list(tables.flat(facts)),
+        "regions": [
+            (
+                ", ".join(plain(n) for n in (row.get("nodes") or [])[:NAMES_SHOWN]),
+                *(f"{number(row.get(k)) or 0.0:.1f}" for k in ("float_us", "int8_us", "border_us")),
+                plain(row.get("decision")),
+            )
+            for row in regions
+        ],
     }
 
 

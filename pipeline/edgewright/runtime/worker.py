@@ -84,6 +84,15 @@ def run_queue_ns():
         return 0
 
 
+def count_elements(shapes):
+    """Elements of all tensors in the profiler's list of {type: dimensions}."""
+    sizes = [1 for item in shapes for _ in item.values()]
+    for k, dims in enumerate(dims for item in shapes for dims in item.values()):
+        for d in dims:
+            sizes[k] *= d
+    return sum(sizes)
+
+
 class Server:
     """State of the worker: one session, the feeds to cycle through."""
 
@@ -231,6 +240,7 @@ class Server:
                         "op": args.get("op_name", ""),
                         "provider": args.get("provider", ""),
                         "types": [t for i in args.get("input_type_shape", []) for t in i],
+                        "elements": count_elements(args.get("output_type_shape", [])),
                         "us": event.get("dur", 0),
                     }
                 )
