@@ -68,6 +68,18 @@ class Needs:
 STAGES = {
     "export": Needs(settings=("source", "inputs", "calibration")),
     "simplify": Needs(settings=("inputs", "calibration"), models={"previous": "newest"}),
+    "prune": Needs(
+        module="pruning",
+        table="prune",
+        settings=("prune", "recover", "calibration", "evaluation", "device", "host"),
+        models={"export": "export", "previous": "newest"},
+    ),
+    "recover": Needs(
+        module="recovery",
+        table="recover",
+        settings=("recover", "calibration"),
+        models={"export": "export", "simplify": "simplify", "previous": "newest"},
+    ),
     "share": Needs(
         table="share",
         settings=("share", "quantize", "evaluation", "device", "host"),
@@ -82,6 +94,8 @@ STAGES = {
         models={
             "export": "export",
             "simplify": "simplify",
+            "prune": "prune",
+            "recover": "recover",
             "share": "share",
             "quantize": "quantize",
             "previous": "newest",

@@ -333,6 +333,44 @@ def simplify(model: Path, recipe_path: Path, target_name: str, output: Path, as_
 @cli.command()
 @click.argument("model", type=PATH)
 @options("recipe", "target", "output", "json")
+def prune(model: Path, recipe_path: Path, target_name: str, output: Path, as_json: bool) -> None:
+    """Take out of MODEL what matters least, until the recipe's [prune] budget holds.
+
+    \b
+    edgewright prune simple.onnx --recipe recipe.toml -o pruned.onnx
+    """
+    recipe, target = settings(recipe_path, target_name)
+    if recipe.prune is None:
+        raise BadInput(f"{recipe_path} has no [prune]", hint="add budget = { macs = 0.7 } to it")
+    models = {"export": model, "newest": model}
+    show(recipe, target, on_files(["prune"], recipe, target, models, output=output), as_json)
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@click.option("--original", type=PATH, required=True, help="The model that was pruned.")
+@options("recipe", "target", "output", "json")
+def recover(
+    model: Path,
+    original: Path,
+    recipe_path: Path,
+    target_name: str,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Give the pruned MODEL back what it lost, from calibration inputs without labels.
+
+    \b
+    edgewright recover pruned.onnx --original simple.onnx --recipe recipe.toml -o repaired.onnx
+    """
+    recipe, target = settings(recipe_path, target_name)
+    models = {"export": original, "newest": model}
+    show(recipe, target, on_files(["recover"], recipe, target, models, output=output), as_json)
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@options("recipe", "target", "output", "json")
 def share(model: Path, recipe_path: Path, target_name: str, output: Path, as_json: bool) -> None:
     """Let the weights of MODEL share their values, as the recipe's [share] says.
 

@@ -67,6 +67,8 @@ FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
             for source in (recipe.data.evaluation, recipe.data.metric, recipe.data.per_sample)
         ),
     ],
+    "prune": lambda recipe, _: asdict(recipe.prune) if recipe.prune else None,
+    "recover": lambda recipe, _: asdict(recipe.recover) if recipe.recover else None,
     "share": lambda recipe, _: asdict(recipe.share) if recipe.share else None,
     "quantize": lambda recipe, _: asdict(recipe.quantize),
     "min_retained": lambda recipe, _: recipe.gate.min_retained,
@@ -79,6 +81,7 @@ FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
         asdict(target.runtime),
         asdict(target.run),
         asdict(target.int8),
+        asdict(target.prune),
     ],
     "profile": lambda _, target: target.raw,
     "host": lambda _, target: [host_cpu(), sorted(host_isa()), emulator_version(target)],

@@ -108,6 +108,20 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         yield from part.node
 
 
+def name_nodes(model: onnx.ModelProto) -> None:
+    """Give every node a name of its own, in place; names that are unique stay."""
+    taken = {n.name for n in all_nodes(model.graph)}
+    seen: set[str] = set()
+    for k, node in enumerate(all_nodes(model.graph)):
+        if not node.name or node.name in seen:
+            name = f"{node.op_type}_{k}"
+            while name in taken:
+                name += "_"
+            node.name = name
+            taken.add(name)
+        seen.add(node.name)
+
+
 def count_nodes(model: onnx.ModelProto) -> int:
     return sum(1 for _ in all_nodes(model.graph))
 

@@ -69,6 +69,61 @@ class QuantizeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneBudget:
+    """What may remain, as a share of the model that pruning starts from; one of these."""
+
+    macs: float | None = None
+    params: float | None = None
+    size: float | None = None
+    latency: float | None = None
+
+    def named(self) -> tuple[str, float]:
+        """The one that is given."""
+        return next((k, v) for k, v in vars(self).items() if v is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings:
+    """[prune]: what leaves the graph itself. Absent: nothing.
+
+    budget: what may remain. criterion: how much a unit matters; l1, l2, bn_gamma and random read
+    the weights, activation and hessian the calibration inputs, taylor gradients (needs torch).
+    allocation: global = where it costs least, uniform = the same share everywhere. multiple:
+    what the widths that remain are rounded to, 0 for the target's. exclude: patterns of groups
+    (named after their first weight) to leave whole. steps: rounds of scoring and cutting.
+    samples: calibration samples to read. max_drop: share of the metric that prune and recover
+    may cost together; where they cost more, less is pruned, found by bisection. Not given: no
+    limit but the gate's. zero: instead of whole units, zero single weights in this pattern,
+    "magnitude" or N:M such as "2:4"; smaller when compressed, as fast as before on most CPUs.
+    """
+
+    budget: PruneBudget
+    criterion: Literal["l1", "l2", "bn_gamma", "activation", "hessian", "taylor", "random"] = (
+        "hessian"
+    )
+    allocation: Literal["global", "uniform"] = "global"
+    multiple: int = 0
+    exclude: tuple[str, ...] = ()
+    steps: int = 1
+    samples: int = 64
+    max_drop: float | None = None
+    zero: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverSettings:
+    """[recover]: how a pruned model gets back what it lost. Absent: not at all.
+
+    method: compensate = least squares from calibration inputs, no labels, no torch. samples:
+    calibration samples to read for it.
+    """
+
+    method: Literal["compensate"] = "compensate"
+    samples: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShareSettings:
     """[share]: weights that share their values. Absent: only equal tensors, as `simplify` does.
 
@@ -104,6 +159,8 @@ class Recipe:
 
     model: ModelSettings
     data: DataSettings
+    prune: PruneSettings | None = None
+    recover: RecoverSettings | None = None
     share: ShareSettings | None = None
     quantize: QuantizeSettings = QuantizeSettings()
     gate: GateSettings = GateSettings()
@@ -115,9 +172,6 @@ class Recipe:
         return self.folder / text
 
 
-LATER = ("prune", "recover")  # tables of DESIGN.md whose stages are not built yet
-
-
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe file."""
     return parse_recipe(load_toml(path, "recipe"), path.resolve().parent, str(path))
@@ -125,12 +179,6 @@ def load_recipe(path: Path) -> Recipe:
 
 def parse_recipe(raw: dict[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Check the tables of a recipe; BadInput names the first key that is wrong."""
-    for name in LATER:
-        if name in raw:
-            raise BadInput(
-                f"[{name}] in {where}: this version has no stage '{name}' yet",
-                hint=f"remove [{name}] from the recipe",
-            )
     known = {k: v for k, v in raw.items() if k not in ("folder", "raw")}
     if len(known) != len(raw):
         extra = sorted(set(raw) - set(known))[0]
@@ -176,6 +224,14 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         limit = getattr(gate, key)
         if limit is not None and limit <= 0:
             raise BadInput(f"{where}: gate.{key}", expected="above 0", found=str(limit))
+    if recipe.prune is not None:
+        check_prune(recipe.prune, where)
+    if recipe.recover is not None and recipe.recover.samples < 2:
+        raise BadInput(
+            f"{where}: recover.samples",
+            expected="at least 2",
+            found=str(recipe.recover.samples),
+        )
     if recipe.share is not None:
         entries = recipe.share.codebook
         if entries != 0 and not 2 <= entries <= 256:
@@ -199,6 +255,44 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         )
     if recipe.data.per_sample and not recipe.data.metric:
         raise BadInput(f"{where}: data.per_sample without data.metric")
+
+
+def check_prune(prune: PruneSettings, where: str) -> None:
+    """One budget, a share between 0 and 1; counts that can be."""
+    given = {k: v for k, v in vars(prune.budget).items() if v is not None}
+    if len(given) != 1:
+        raise BadInput(
+            f"{where}: prune.budget",
+            expected="one of macs, params, size and latency",
+            found=", ".join(given) or "none",
+        )
+    (name, share), *_ = given.items()
+    if not 0 < share < 1:
+        raise BadInput(
+            f"{where}: prune.budget.{name}",
+            expected="a share that may remain, above 0 and below 1 (0.65 keeps 65 %)",
+            found=str(share),
+            hint="remove [prune] to keep everything",
+        )
+    for key, least in (("multiple", 0), ("steps", 1), ("samples", 2)):
+        if getattr(prune, key) < least:
+            raise BadInput(
+                f"{where}: prune.{key}",
+                expected=f"at least {least}",
+                found=str(getattr(prune, key)),
+            )
+    if prune.max_drop is not None and not 0 < prune.max_drop <= 1:
+        raise BadInput(
+            f"{where}: prune.max_drop", expected="above 0, at most 1", found=str(prune.max_drop)
+        )
+    if (
+        prune.zero
+        and prune.zero != "magnitude"
+        and not re.fullmatch(r"[1-9]\d?:[1-9]\d?", prune.zero)
+    ):
+        raise BadInput(
+            f"{where}: prune.zero", expected='"magnitude" or N:M such as "2:4"', found=prune.zero
+        )
 
 
 def digest(value: Any) -> str:

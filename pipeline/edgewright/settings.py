@@ -66,6 +66,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if origin in (typing.Union, types.UnionType):
+        if [a for a in args if a is not type(None)] == list(args[:1]):
+            return convert(args[0], value, where)  # its own message says more than ours
         for option in args:
             if option is type(None):
                 continue

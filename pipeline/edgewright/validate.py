@@ -25,7 +25,13 @@ from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report, Tell
 from edgewright.work import work
 
-BETWEEN = ("simplify", "share", "quantize")  # stages that may change the model, in order
+BETWEEN = (
+    "simplify",
+    "prune",
+    "recover",
+    "share",
+    "quantize",
+)  # stages that may change the model, in order
 AGREEMENT_SAMPLES = 64
 TIMED_SAMPLES = 4
 EMULATED_SAMPLES = 8

@@ -13,7 +13,7 @@ from edgewright.build import STAGES
 
 ROOT = Path(edgewright.__file__).parent
 STAGE_MODULES = {needs.module or name for name, needs in STAGES.items()}
-STAGE_MODULES |= {"inspection", "prune", "recover"}
+STAGE_MODULES |= {"inspection"}
 # From the bottom up: what stands lower may not import what stands higher.
 LAYERS = [
     {"errors", "files", "process", ""},
@@ -23,6 +23,8 @@ LAYERS = [
     {"admit", "external", "soundness", "parity", "passes", "scaffold", "taps", "mixers", "shelf"},
     {"work"},
     {"lint"},
+    {"prune"},
+    {"recover"},
     STAGE_MODULES,
     {"device", "report"},
     {"baseline"},

@@ -206,16 +206,7 @@ def ready(model: onnx.ModelProto) -> onnx.ModelProto:
             found=f"opset {graph.opset(model)}",
             hint="run `edgewright simplify` first, it raises the opset",
         )
-    taken = {n.name for n in graph.all_nodes(model.graph)}
-    seen: set[str] = set()
-    for k, node in enumerate(graph.all_nodes(model.graph)):
-        if not node.name or node.name in seen:
-            name = f"{node.op_type}_{k}"
-            while name in taken:
-                name += "_"
-            node.name = name
-            taken.add(name)
-        seen.add(node.name)
+    graph.name_nodes(model)
     return onnx.shape_inference.infer_shapes(model)
 
 

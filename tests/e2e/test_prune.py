@@ -1,0 +1,97 @@
+"""prune and recover in a build and as commands: budgets kept, the metric's say, bad input."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from conftest import RECIPE, write_tiny
+
+from edgewright.prune.labels import analyse
+from edgewright.prune.marks import removed_units
+
+
+def prune(edgewright: Any, folder: Path, table: str, *, recover: bool = False) -> Any:
+    """Run `edgewright prune` on the tiny model; what it printed, and where the model is."""
+    text = RECIPE + f"\n[prune]\n{table}\n" + ("[recover]\n" if recover else "")
+    recipe = write_tiny(folder / "r", text)
+    out = folder / "pruned.onnx"
+    model = recipe.parent / "model.onnx"
+    return edgewright("prune", model, "--recipe", recipe, "-o", out, "--json"), out, recipe
+
+
+def test_a_build_prunes_recovers_and_reports_each_step(edgewright, tmp_path: Path) -> None:
+    table = "[prune]\nbudget = { macs = 0.6 }\nmultiple = 4\n[recover]\nsamples = 40\n"
+    recipe = write_tiny(tmp_path / "r", RECIPE + "\n" + table)
+    ran = edgewright("build", recipe, "--target", "cpu", "--out", tmp_path / "out", "--json")
+    assert ran.code in (0, 1, 4), ran.err
+    stages = {s["stage"]: s["report"] for s in ran.json["targets"][0]["report"]["stages"]}
+    assert stages["prune"]["budget"]["left"] <= 0.6
+    assert all(row["kept"] % 4 == 0 for row in stages["prune"]["groups"])
+    steps = {row["stage"]: row for row in stages["validate"]["steps"]}
+    assert steps["prune"]["macs"] <= 0.6 * steps["prune"]["original_macs"]
+    assert steps["recover"]["macs"] == steps["prune"]["macs"]
+    # What compensation is for: the same shape, much nearer to the original.
+    assert steps["recover"]["sqnr_db"] > steps["prune"]["sqnr_db"] + 3
+    assert stages["recover"]["layers"]
+    shipped = onnx.load(tmp_path / "out" / "cpu" / "model.onnx")
+    assert not shipped.metadata_props  # the note of what went is for `recover` alone
+
+
+def test_rounds_of_pruning_are_noted_in_units_of_the_original(edgewright, tmp_path: Path) -> None:
+    table = 'budget = { params = 0.5 }\ncriterion = "l2"\nmultiple = 1\nsteps = 3'
+    ran, out, recipe = prune(edgewright, tmp_path, table)
+    assert ran.code == 0, ran.err
+    original, pruned = onnx.load(recipe.parent / "model.onnx"), onnx.load(out)
+    analysis = analyse(original)
+    gone = removed_units(pruned, analysis)
+    kept = {t.name: list(t.dims) for t in pruned.graph.initializer}
+    for group in analysis.groups:
+        tensor, axis = group.slices[0]
+        assert kept[tensor][axis] == len(group.units) - len(gone & set(group.units))
+    # What is left of a weight is the original's, where nothing went: the note names true indices.
+    before = onnx.numpy_helper.to_array(
+        next(t for t in original.graph.initializer if t.name == "w0")
+    )
+    after = onnx.numpy_helper.to_array(next(t for t in pruned.graph.initializer if t.name == "w0"))
+    stays = [i for i, unit in enumerate(analysis.labels["w0"][0].tolist()) if unit not in gone]
+    assert np.array_equal(before[stays], after)
+
+
+def test_a_budget_that_costs_too_much_is_weakened(edgewright, tmp_path: Path) -> None:
+    table = "budget = { macs = 0.1 }\nmultiple = 1\nmax_drop = 0.2"
+    ran, _, _ = prune(edgewright, tmp_path, table, recover=True)
+    assert ran.code == 0, ran.err
+    report = ran.json["prune"]
+    assert not report["tries"][0]["kept"] and report["tries"][0]["drop"] > 0.2
+    assert 0.1 < report["budget"]["left"] <= 1
+    assert "costs more than 20.00% of the metric" in report["notes"][0]["text"]
+
+
+def test_a_latency_budget_is_measured(edgewright, tmp_path: Path) -> None:
+    # The tiny model's time is mostly the runtime's own: only a wide budget can be met.
+    ran, _, _ = prune(edgewright, tmp_path, "budget = { latency = 0.95 }\nmultiple = 4")
+    assert ran.code == 0, ran.err
+    assert any(row["kept"] < row["units"] for row in ran.json["prune"]["groups"])
+
+
+def test_what_cannot_be_met_is_said_and_nothing_written(edgewright, tmp_path: Path) -> None:
+    for table, said in (
+        ("budget = { macs = 0.001 }", "cannot be met"),
+        ('budget = { macs = 0.5 }\nexclude = ["*"]', "nothing in this model can be pruned"),
+    ):
+        ran, out, _ = prune(edgewright, tmp_path, table)
+        assert ran.code == 3 and said in ran.err, ran.err
+        assert not out.exists()
+
+
+def test_recover_refuses_another_original(edgewright, tmp_path: Path) -> None:
+    ran, out, recipe = prune(edgewright, tmp_path, "budget = { macs = 0.5 }", recover=True)
+    assert ran.code == 0, ran.err
+    # As its own original: the note names indices that the small model does not have.
+    words = ["recover", out, "--original", out, "--recipe", recipe, "-o", tmp_path / "x.onnx"]
+    ran = edgewright(*words)
+    assert ran.code == 3 and "was not cut from this original" in ran.err, ran.err
+    words[3] = recipe.parent / "model.onnx"
+    ran = edgewright(*words, "--json")
+    assert ran.code == 0 and ran.json["recover"]["layers"]
