@@ -130,6 +130,10 @@ def masked(model: onnx.ModelProto, analysis: Analysis, remove: Iterable[int]) ->
     result.CopyFrom(model)
     stored = {t.name: t for t in result.graph.initializer}
     nodes = {n.name or n.output[0]: n for n in result.graph.node}
+    types = {
+        v.name: helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type)
+        for v in inferred(model).graph.value_info
+    }
     for count, mix in enumerate(analysis.mixes):
         if mix.weight is not None:
             lost = gone[analysis.labels[mix.weight][mix.weight_axis]]
@@ -140,24 +144,24 @@ def masked(model: onnx.ModelProto, analysis: Analysis, remove: Iterable[int]) ->
             continue
         lost = gone[analysis.labels[mix.input][mix.axis]]
         if lost.any():
-            silence(result, nodes[mix.node], mix.input, mix.axis, lost, count)
+            rank = len(analysis.labels[mix.input])
+            mask = (~lost).astype(types[mix.input]).reshape([-1] + [1] * (rank - 1 - mix.axis))
+            silence(result, nodes[mix.node], mix.input, mask, count)
     return result
 
 
 def silence(
-    model: onnx.ModelProto, node: onnx.NodeProto, name: str, axis: int, lost: np.ndarray, count: int
+    model: onnx.ModelProto,
+    node: onnx.NodeProto,
+    name: str,
+    mask: np.ndarray,
+    count: int,
 ) -> None:
-    """Multiply what `node` reads as `name` with zero where `lost`, along the axis."""
-    kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
-    dtype = helper.tensor_dtype_to_np_dtype(kinds.get(name, onnx.TensorProto.FLOAT))
-    rank = next(len(v.type.tensor_type.shape.dim) for v in model.graph.value_info if v.name == name)
-    mask = (~lost).astype(dtype).reshape([-1] + [1] * (rank - 1 - axis))
+    """Multiply what `node` reads as `name` with the mask."""
     model.graph.initializer.append(numpy_helper.from_array(mask, f"{name}_mask_{count}"))
     product = helper.make_node(
         "Mul", [name, f"{name}_mask_{count}"], [f"{name}_masked_{count}"], f"{name}_mul_{count}"
     )
-    place = next(k for k, n in enumerate(model.graph.node) if n is node or n == node)
-    inputs = [f"{name}_masked_{count}" if n == name else n for n in node.input]
-    del node.input[:]
-    node.input.extend(inputs)
+    place = next(k for k, n in enumerate(model.graph.node) if n.output == node.output)
+    node.input[list(node.input).index(name)] = f"{name}_masked_{count}"
     model.graph.node.insert(place, product)
