@@ -22,6 +22,7 @@ from edgewright.quantize.equalize import equalize
 from edgewright.quantize.layers import find_layers
 from edgewright.quantize.refine import refined
 from edgewright.quantize.response import responses
+from edgewright.quantize.unfit import refuse_outliers, without_empty
 from edgewright.quantize.write import write_dynamic_lstm
 from edgewright.runtime.launch import launch_for
 from edgewright.runtime.local import open_local
@@ -62,8 +63,10 @@ def run(job: Job) -> Report:
         return stay_float(job, reason, plan.reasons, choices, prices)
 
     if plan.cores(model):
-        ingredients, choices = equalized(job, model, plan)
-        if prices["clock"]:
+        ingredients, plan, choices = equalized(job, model, plan)
+        if not plan.cores(model) and not may_be_dynamic:
+            return leave("every layer is empty in calibration")
+        if prices["clock"] and plan.cores(model):
             plan, ingredients, prices = pricing.drop_losers(
                 ingredients, plan, job.target, feeds, job.tell
             )
@@ -212,16 +215,20 @@ def ready(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def equalized(
     job: Job, model: onnx.ModelProto, plan: placement.Placement
-) -> tuple[build.Ingredients, list[dict[str, Any]]]:
-    """The ingredients, of the equalized model where that is closer to the original."""
+) -> tuple[build.Ingredients, placement.Placement, list[dict[str, Any]]]:
+    """The ingredients, of the equalized model where that is closer to the original.
+
+    The placement comes back without nodes around which calibration saw no value.
+    """
     ingredients = prepare(job, model, plan)
+    plan = without_empty(model, plan, ingredients.statistics)
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     pairs = 0
     if job.recipe.quantize.corrections:
         pairs = equalize(changed, plan.nodes, calibration(job, model))
     if pairs == 0:
-        return ingredients, []
+        return ingredients, plan, []
     other = prepare(job, changed, plan)
     before, after = (build.closeness(i, plan, job.tell) for i in (ingredients, other))
     kept = after > before + build.WORSE_DB
@@ -232,7 +239,7 @@ def equalized(
         "sqnr_db_after": round(after, 2),
         "kept": kept,
     }
-    return other if kept else ingredients, [choice]
+    return other if kept else ingredients, plan, [choice]
 
 
 def calibration(job: Job, model: onnx.ModelProto) -> Callable[[], Iterable[Feed]]:
@@ -259,6 +266,7 @@ def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> buil
         calibration(job, model),
         job.tell,
     )
+    refuse_outliers(statistics)
     table = responses(model, list(statistics), statistics)
     scheme = job.target.int8
     fit, held = split(list(samples(job.recipe, specs, build.FIT_SAMPLES + HELD_SAMPLES)))
