@@ -12,6 +12,7 @@ import numpy as np
 
 from edgewright.prune.axes import Axes
 
+FINE = 4
 Labels = dict[str, tuple[np.ndarray, ...]]
 
 
@@ -120,12 +121,15 @@ def number_of(ax: Axes, labels: Labels) -> np.ndarray:
 
 
 def left_at_half(ax: Axes) -> float:
-    """Parameters left if every group lost half of its units, rounded down."""
+    """Parameters left if every group lost half of its units, rounded down.
+
+    Groups of fewer than FINE units lose only half as much: two halves of a layer are no choice.
+    """
     labels = unit_labels(ax)
     marks = signatures(labels)
     _, group, sizes = np.unique(marks, return_inverse=True, return_counts=True)
     size = sizes[group]
-    lost = (size // 2) / size
+    lost = (size // 2) / size * np.where(size < FINE, 0.5, 1)
     lost[0] = 0
     total = 0.0
     for name, tensor in ax.stored.items():
