@@ -57,6 +57,8 @@ class QuantizeSettings:
     corrections: try equalization, bias correction and rounding by output error, each kept only
     where it helps. max_samples: calibration samples to use, 0 for all. measure: let a clock
     drop what does not pay (scope auto, local targets); false: rules only, alike everywhere.
+    processes: to calibrate in, 0 for as many as have a core each and 300 MB together beside the
+    model.
     """
 
     scope: Literal["auto", "full", "off"] | tuple[str, ...] = "auto"
@@ -66,6 +68,7 @@ class QuantizeSettings:
     corrections: bool = True
     max_samples: int = 0
     measure: bool = True
+    processes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +245,9 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             raise BadInput(
                 f"{where}: share.max_drop", expected="0 to 1", found=str(recipe.share.max_drop)
             )
+    for key in ("max_samples", "processes"):
+        if (count := getattr(recipe.quantize, key)) < 0:
+            raise BadInput(f"{where}: quantize.{key}", expected="0 or more", found=str(count))
     if not 50 < recipe.quantize.percentile <= 100:
         raise BadInput(
             f"{where}: quantize.percentile",

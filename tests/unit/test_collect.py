@@ -105,6 +105,18 @@ def test_helpers_are_hired_only_once_there_was_enough_to_do(
     assert taken[0] == 3
 
 
+def test_processes_by_default_have_a_core_and_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    mb = 10**6
+    # 130 + 6 + 4 of 303 MB are its own, a helper takes 60 + 4.5 + 4.
+    assert calibrate.useful_processes(3 * mb, 4 * mb) == 1 + (303 - 140) // 68.5
+    assert calibrate.useful_processes(1 * mb, 1 * mb) == 3  # (301 - 133) // 62.5 = 2
+    assert calibrate.useful_processes(14 * mb, 52 * mb) == 1
+    assert calibrate.useful_processes(500 * mb, 1 * mb) == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    assert calibrate.useful_processes(1 * mb, 1 * mb) == 1
+
+
 LOG = "g (float[N] x) => (float[N] y) { a = Neg(x)  b = Neg(a)  y = Log(b) }"
 
 

@@ -1,11 +1,13 @@
 """A helper process of calibration: one observer, fed over standard input.
 
-Messages as in `runtime.worker`. First the model with what to watch, then samples; each gets an
-answer, an error as data with it. Then the statistics. End of input, or of the parent, ends it.
+Messages as in `runtime.worker`. First the model's file and what to watch, then samples; each
+gets an answer, an error as data with it. Then the statistics. End of input, or of the parent,
+ends it.
 """
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ class Helper:
     def answer(self, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Answer:
         """Do what one message asks for."""
         if header["op"] == "watch":
-            self.observer = Observer(arrays["model"].tobytes(), header["tensors"])
+            self.observer = Observer(Path(header["model"]), header["tensors"])
             self.observer.groups = header["groups"]
         elif header["op"] == "sample":
             # Arrays from a pipe are read-only views; the runtime only reads them.

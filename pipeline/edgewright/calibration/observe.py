@@ -1,6 +1,9 @@
 """A session whose named tensors are watched, sample by sample."""
 
+import ctypes
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -23,7 +26,7 @@ class Sample:
 class Observer:
     """Statistics of some tensors of a model.
 
-    model: serialised, with the tensors among its outputs (inputs aside). The session has one
+    model: a file, with the tensors among its outputs (inputs aside). The session has one
     thread: with more, kernels split their sums another way, and last bits would depend on it.
     groups: which of `made` are fetched together, so that memory is bounded; the model runs once
     for each group. Set it before the first sample.
@@ -31,8 +34,10 @@ class Observer:
 
     groups: list[list[str]]
 
-    def __init__(self, model: bytes, tensors: list[str]) -> None:
-        self.session = open_local(model, threads=1)
+    def __init__(self, model: Path, tensors: list[str]) -> None:
+        give_back()
+        self.session = open_local(model, threads=1, name="the model")
+        give_back()
         self.fed = [t for t in tensors if t in self.session.inputs]
         self.made = [t for t in tensors if t not in self.session.inputs]
         self.statistics = {name: Statistics() for name in tensors}
@@ -61,3 +66,9 @@ class Observer:
                 hint="remove that sample, or mend the model where the value arises",
             ) from None
         return value.nbytes
+
+
+def give_back() -> None:
+    """Return freed memory to the system: the C library keeps what parsing a model took."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

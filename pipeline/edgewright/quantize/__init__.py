@@ -15,7 +15,6 @@ from edgewright import model as graph
 from edgewright.data import Feed, samples
 from edgewright.errors import BadInput
 from edgewright.metric import Metric, has_metric
-from edgewright.passes.activations import canonical_activations
 from edgewright.quantize import audit, build, fidelity, headroom, placement, pricing, rollback
 from edgewright.quantize.calibrate import collect
 from edgewright.quantize.equalize import equalize
@@ -265,6 +264,7 @@ def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> buil
         list(dict.fromkeys(touched)),
         calibration(job, model),
         job.tell,
+        job.recipe.quantize.processes,
     )
     refuse_outliers(statistics)
     table = responses(model, list(statistics), statistics)
@@ -389,6 +389,9 @@ def faster_float(job: Job) -> tuple[onnx.ModelProto, float] | None:
     The runtime fuses HardSwish into a float convolution, not the four nodes some exporters
     write for it. None where there is nothing to rewrite, or where it is not clearly faster.
     """
+    # Here, not above: it brings onnx-ir and sympy, 35 MB that calibration has no use for.
+    from edgewright.passes.activations import canonical_activations
+
     source = job.input_model()
     model = graph.load(source)
     changed = canonical_activations(model)

@@ -5,7 +5,9 @@ What is counted is in `calibration.statistics`, how one session is watched in
 """
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import onnx
 
@@ -21,7 +23,11 @@ from edgewright.taps import fetch_groups
 # helper's start costs. Whoever has spent that and has more to do hires helpers: never more than
 # twice the work of the best choice, without knowing how many samples will come.
 HIRE_AFTER = 1 << 30
-MOST_PROCESSES = 4  # each holds the model; the one that reads the samples feeds no more of them
+MOST_PROCESSES = 4  # the one that reads the samples feeds no more of them
+# Resident bytes beside model and activations, as measured: of this process with all that the
+# quantizer imports, and of a helper.
+OWN_BYTES, HELPER_BYTES = 130 * 10**6, 60 * 10**6
+ROOM_BYTES = 300 * 10**6  # beside the model, for all processes together
 
 
 def collect(
@@ -33,8 +39,8 @@ def collect(
 ) -> dict[str, Statistics]:
     """Statistics of the named float tensors of the main graph over all feeds.
 
-    processes: how many may work on it, 0 for as many as there are cores; the result does not
-    depend on it, nor on how samples are grouped in feeds. Raises BadInput with sample and
+    processes: how many may work on it, 0 for as many as there are cores and room for; the result
+    does not depend on it, nor on how samples are grouped in feeds. Raises BadInput with sample and
     tensor for NaN or Inf: of the first such sample.
     """
     missing = set(tensors) - known_tensors(model)
@@ -44,11 +50,13 @@ def collect(
             expected="a tensor of the main graph",
             hint="tensors inside If, Loop and Scan stay float",
         )
-    most = processes or min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
-    own = Observer(exposed(model, tensors), tensors)
-    seen, index = 0, 0
+    seen, index, most = 0, 0, processes
     failures: list[Failure] = []
-    with Helpers() as helpers:
+    # A file without a name: nobody holds it in memory, and nothing is left of it afterwards.
+    with tempfile.TemporaryFile() as file, Helpers() as helpers:
+        file.write(exposed(model, tensors))
+        file.flush()
+        own = Observer(Path(f"/proc/self/fd/{file.fileno()}"), tensors)
         stream = numbered(model, feeds())
         while not helpers.failures:
             try:
@@ -59,9 +67,11 @@ def collect(
                 if index == 0:
                     own.groups = fetch_groups(own.session, sample.feed, own.made)
                 elif not helpers.processes and most > 1 and seen >= HIRE_AFTER:
-                    helpers.hire(most - 1, exposed(model, tensors), tensors, own.groups)
+                    helpers.hire(most - 1, file.fileno(), tensors, own.groups)
                 if not helpers.take(sample):
                     seen += own.observe(sample)
+                if index == 0 and not processes:
+                    most = useful_processes(os.fstat(file.fileno()).st_size, seen)
                 index += 1
             except EdgewrightError as error:
                 failures.append((index, error))
@@ -74,6 +84,17 @@ def collect(
         for name, part in zip(tensors, shard, strict=True):
             own.statistics[name].merge(part)
     return own.statistics
+
+
+def useful_processes(model: int, activations: int) -> int:
+    """How many processes stay below ROOM_BYTES beside one model, and have a core each.
+
+    model: bytes of the file, of which a process holds one to two copies. activations: bytes of
+    the watched tensors of one sample; the runtime holds them all at once.
+    """
+    cores = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+    room = ROOM_BYTES + model - (OWN_BYTES + 2 * model + activations)
+    return max(1, min(cores, 1 + room // (HELPER_BYTES + 3 * model // 2 + activations)))
 
 
 def numbered(model: onnx.ModelProto, feeds: Iterable[Feed]) -> Iterator[Sample]:

@@ -35,20 +35,23 @@ class Helpers:
         self.failures: list[Failure] = []
         self.shards: list[list[Statistics]] = []
 
-    def hire(self, count: int, model: bytes, tensors: list[str], groups: list[list[str]]) -> None:
-        """Start helpers that watch the tensors of a model, without waiting for them."""
-        header = {"op": "watch", "tensors": tensors, "groups": groups}
+    def hire(self, count: int, model: int, tensors: list[str], groups: list[list[str]]) -> None:
+        """Start helpers that watch the tensors of a model, without waiting for them.
+
+        model: a file descriptor, which they inherit.
+        """
+        path = f"/proc/self/fd/{model}"
+        header = {"op": "watch", "model": path, "tensors": tensors, "groups": groups}
         for _ in range(count):
             # From this thread: the kernel ends a child with the thread that started it.
             process = subprocess.Popen(
                 [sys.executable, "-s", "-m", "edgewright.calibration.helper"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                pass_fds=[model],
             )
             self.processes.append(process)
-            thread = threading.Thread(
-                target=self.attend, args=(process, header, model), daemon=True
-            )
+            thread = threading.Thread(target=self.attend, args=(process, header), daemon=True)
             thread.start()
             self.threads.append(thread)
 
@@ -67,12 +70,11 @@ class Helpers:
             thread.join()
         return self.shards, self.failures
 
-    def attend(self, process: subprocess.Popen[bytes], header: dict, model: bytes) -> None:
+    def attend(self, process: subprocess.Popen[bytes], header: dict) -> None:
         """Feed one helper until the samples end or one of its own fails. Runs in a thread."""
         index = -1
         try:
-            ask(process, header, {"model": np.frombuffer(model, np.uint8)})
-            del model
+            ask(process, header, {})
             while (sample := self.waiting.get()) is not None:
                 index = sample.index
                 ask(process, {"op": "sample", "index": index, "name": sample.name}, sample.feed)

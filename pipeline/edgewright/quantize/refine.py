@@ -67,7 +67,7 @@ def recalibrate(
 ) -> None:
     """Ranges of the changed tensors and scales of all weights anew, in place."""
     names = [t for t in ingredients.statistics if t in changed]
-    fresh = collect(ingredients.model, names, feeds, tell)
+    fresh = collect(ingredients.model, names, feeds, tell, ingredients.settings.processes)
     table = responses(ingredients.model, names, fresh)
     ranges = build.activation_ranges(fresh, table, ingredients.scheme, ingredients.settings)
     ingredients.statistics = ingredients.statistics | fresh

@@ -34,11 +34,13 @@ class Local:
         return values
 
 
-def open_local(model: Path | bytes, *, threads: int = 1, optimize: bool = True) -> Local:
+def open_local(
+    model: Path | bytes, *, threads: int = 1, optimize: bool = True, name: str = ""
+) -> Local:
     """A session of a model file or of a serialised model; BadInput where it is refused.
 
     `optimize`: with all graph optimisations of the runtime, as on a device; without, every
-    node runs as it is written.
+    node runs as it is written. `name`: what messages call it; the file's name without.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -47,7 +49,7 @@ def open_local(model: Path | bytes, *, threads: int = 1, optimize: bool = True) 
     options.use_deterministic_compute = True
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    name = "the model" if isinstance(model, bytes) else model.name
+    name = name or ("the model" if isinstance(model, bytes) else model.name)
     try:
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
