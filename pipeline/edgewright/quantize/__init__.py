@@ -18,8 +18,7 @@ from edgewright.metric import Metric, has_metric
 from edgewright.quantize import audit, build, fidelity, headroom, placement, pricing, rollback
 from edgewright.quantize.calibrate import collect
 from edgewright.quantize.equalize import equalize
-from edgewright.quantize.layers import find_layers
-from edgewright.quantize.refine import refined
+from edgewright.quantize.refine import smoothed
 from edgewright.quantize.response import responses
 from edgewright.quantize.unfit import refuse_outliers, without_empty
 from edgewright.quantize.write import write_dynamic_lstm
@@ -78,7 +77,7 @@ def run(job: Job) -> Report:
             if ratio > HOPELESS:
                 choices.append({"step": "pay", "cpu_ratio": round(ratio, 2)})
                 return leave(does_not_pay(ratio))
-        ingredients, tried = refined(ingredients, plan, calibration(job, model), job.tell)
+        ingredients, tried = smoothed(ingredients, plan, calibration(job, model), job.tell)
         choices += tried
         quantized, kept, rows = build.adjust(ingredients, plan, job.tell)
         choices += [{"step": "correction", **row} for row in rows]
@@ -271,9 +270,6 @@ def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> buil
     scheme = job.target.int8
     fit, held = split(list(samples(job.recipe, specs, build.FIT_SAMPLES + HELD_SAMPLES)))
     judged = fidelity.judged_tensors(model)
-    scales = build.weight_scales(model, find_layers(model, plan.nodes), scheme)
-    if headroom.needed(scheme):
-        scales = headroom.with_room(model, plan.nodes, scales, scheme)
     return build.Ingredients(
         model=model,
         scheme=scheme,
@@ -284,7 +280,7 @@ def prepare(job: Job, model: onnx.ModelProto, plan: placement.Placement) -> buil
         held=held,
         judged=judged,
         reference=fidelity.values_of(model, judged, held),
-        weights=scales,
+        weights=build.scales_of(model, plan, scheme),
     )
 
 

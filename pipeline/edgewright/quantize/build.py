@@ -12,6 +12,7 @@ from edgewright.data import Feed
 from edgewright.errors import BadInput
 from edgewright.model import consumers, initializers
 from edgewright.quantize import (
+    clip,
     correct,
     embeddings,
     fidelity,
@@ -33,7 +34,6 @@ LIVE_BYTES = 192 << 20  # activations held for bias correction, all samples toge
 ALIVE = 3  # tensors of the largest size that are alive at one place of a graph, by experience
 WORSE_DB = 0.1  # a correction must gain more than this on held-out inputs to be kept
 TINY = 1e-30  # a peak below is a channel of zeros: its scale would vanish in float32
-HOPELESS_DB = 1.0
 Tell = Callable[[str, int, int], None]
 
 
@@ -110,6 +110,16 @@ def weight_scales(
     return scales
 
 
+def scales_of(
+    model: onnx.ModelProto, placement: Placement, scheme: Int8Scheme
+) -> dict[str, WeightScales]:
+    """The scales of all weights of a placement, with head-room where the target needs it."""
+    scales = weight_scales(model, layers.find_layers(model, placement.nodes), scheme)
+    if headroom.needed(scheme):
+        scales = headroom.with_room(model, placement.nodes, scales, scheme)
+    return scales
+
+
 def write(ingredients: Ingredients, placement: Placement) -> onnx.ModelProto:
     """The int8 model for a placement."""
     wanted = set(placement.nodes)
@@ -139,33 +149,32 @@ def adjust(
 ) -> tuple[onnx.ModelProto, list[str], list[dict[str, object]]]:
     """The int8 model with each correction that helps on held-out inputs.
 
-    Returns the model, the names of the corrections kept, and what was tried: {"correction",
-    "sqnr_db_before", "sqnr_db_after", "kept"}. The ingredients stay as they are.
+    Each is tried together with those kept before it, in the order in which they build on each
+    other (biases take what the weights leave). Returns the model, the names of the corrections
+    kept, and what was tried: {"correction", "with", "sqnr_db_before", "sqnr_db_after", "kept"}.
+    The ingredients stay as they are.
     """
     best = write(ingredients, placement)
     score = judge(ingredients, best)
     kept: list[str] = []
     tried: list[dict[str, object]] = []
-    for name in CORRECTIONS if ingredients.settings.corrections else ():
+    for name in TRIED if ingredients.settings.corrections else ():
+        names = [n for n in CORRECTIONS if n in (name, *kept)]
+        row: dict[str, object] = {"correction": name, "kept": False}
+        if len(names) > 1:
+            row["with"] = [n for n in names if n != name]
         try:
-            changed = corrected(ingredients, placement, [name], tell)
+            changed = corrected(ingredients, placement, names, tell)
             candidate = write(changed, placement)
             after = judge(ingredients, candidate)
         except (BadInput, np.linalg.LinAlgError) as error:
-            tried.append({"correction": name, "kept": False, "reason": str(error)[:300]})
+            tried.append(row | {"reason": str(error)[:300]})
             continue
-        tried.append(
-            {
-                "correction": name,
-                "sqnr_db_before": round(score, 2),
-                "sqnr_db_after": round(after, 2),
-                "kept": after > score + WORSE_DB,
-            }
-        )
+        row |= {"sqnr_db_before": round(score, 2), "sqnr_db_after": round(after, 2)}
         if after > score + WORSE_DB:
-            best, score, kept = candidate, after, [name]
-        elif after < score - HOPELESS_DB:
-            break  # the next correction ends with this one, and costs more
+            best, score, kept = candidate, after, names
+            row["kept"] = True
+        tried.append(row)
     return best, kept, tried
 
 
@@ -205,21 +214,46 @@ def correct_biases(ingredients: Ingredients, placement: Placement, tell: Tell) -
     correct.correct_biases(ingredients.model, quantized, found, lambda: iter(few), tell)
 
 
+def clip_weights(ingredients: Ingredients, placement: Placement, tell: Tell) -> None:
+    """Cut weights where a smaller scale lowers the layers' output error; in place.
+
+    Only the float weights change: scales follow their peaks.
+    """
+    tell("clipping weights", 0, 0)
+    chosen = own_weights(ingredients, placement)
+    if not chosen:
+        return
+    inputs = clip.input_statistics(ingredients.model, chosen, ingredients.fit)
+    stored = initializers(ingredients.model.graph)
+    for layer in chosen:
+        weight = numpy_helper.to_array(stored[layer.weight])
+        matrix = layer.matrix(weight)
+        joint = ingredients.weights[layer.weight].axis is None
+        peaks = clip.clipped_peaks(matrix, *inputs[layer.node], joint=joint)[..., None]
+        moved = layer.stored(np.clip(matrix, -peaks, peaks), weight).astype(np.float32)
+        stored[layer.weight].CopyFrom(numpy_helper.from_array(moved, layer.weight))
+    ingredients.weights = scales_of(ingredients.model, placement, ingredients.scheme)
+
+
+def own_weights(ingredients: Ingredients, placement: Placement) -> list[layers.Layer]:
+    """The layers whose weight no other node reads: a shared one cannot suit the inputs of both."""
+    readers = consumers(ingredients.model.graph.node)
+    return [
+        la
+        for la in layers.find_layers(ingredients.model, placement.nodes)
+        if la.weight in ingredients.weights and len(readers[la.weight]) == 1
+    ]
+
+
 def round_weights(ingredients: Ingredients, placement: Placement, tell: Tell) -> None:
-    """Round each layer's weights by its output error, then correct biases; in place.
+    """Round each layer's weights by its output error; in place.
 
     Only layers whose bias can take the mean shift: the moments are centred. The rounded
     weights lie on the int8 grid, so the writer's rounding to nearest keeps them.
     """
     found, _ = correct.find_biases(ingredients.model, placement.nodes)
     with_bias = {b.node for b in found}
-    readers = consumers(ingredients.model.graph.node)
-    chosen = [
-        la
-        for la in layers.find_layers(ingredients.model, placement.nodes)
-        if la.node in with_bias and la.weight in ingredients.weights
-        if len(readers[la.weight]) == 1  # a shared weight cannot suit the inputs of both
-    ]
+    chosen = [la for la in own_weights(ingredients, placement) if la.node in with_bias]
     moments = layers.input_moments(ingredients.model, chosen, lambda: iter(ingredients.fit), tell)
     stored = initializers(ingredients.model.graph)
     nodes = {n.name: n for n in ingredients.model.graph.node}
@@ -238,10 +272,12 @@ def round_weights(ingredients: Ingredients, placement: Placement, tell: Tell) ->
         codes = rounding.round_by_output(matrix, scale, moments[layer.node], pairs=pairs)
         rounded = layer.stored(codes * scale[..., None], weight).astype(np.float32)
         stored[layer.weight].CopyFrom(numpy_helper.from_array(rounded, layer.weight))
-    correct_biases(ingredients, placement, tell)
 
 
+# In the order in which they are applied.
 CORRECTIONS: dict[str, Callable[[Ingredients, Placement, Tell], None]] = {
+    "weight clipping": clip_weights,
+    "rounding by output error": round_weights,
     "bias correction": correct_biases,
-    "rounding by output error, then bias correction": round_weights,
 }
+TRIED = ("bias correction", "weight clipping", "rounding by output error")

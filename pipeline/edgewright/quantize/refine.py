@@ -1,7 +1,7 @@
-"""Changes to the float model before its int8 form is corrected, kept where they help.
+"""Smoothing as a step of the stage: tried at a few strengths, kept where it helps.
 
-Each leaves the float model what it is (smoothing), or nearly so (clipping), and is judged by
-the int8 model on held-out inputs, as the corrections in `build.adjust` are.
+The float model stays what it is; the int8 model is judged on held-out inputs, as the
+corrections in `build.adjust` are.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,6 @@ from edgewright.data import Feed
 from edgewright.quantize import build
 from edgewright.quantize.calibrate import collect
 from edgewright.quantize.equalize import channel_peaks
-from edgewright.quantize.layers import find_layers
 from edgewright.quantize.placement import Placement
 from edgewright.quantize.response import responses
 from edgewright.quantize.smooth import find_folds, smooth
@@ -20,19 +19,12 @@ Feeds = Callable[[], Iterable[Feed]]
 ALPHAS = (0.5, 0.75, 0.25)  # of SmoothQuant; the first is its authors' choice for most models
 
 
-def refined(
-    ingredients: build.Ingredients, plan: Placement, feeds: Feeds, tell: build.Tell
-) -> tuple[build.Ingredients, list[dict[str, Any]]]:
-    """The ingredients after each change that helps, and what was tried."""
-    if not ingredients.settings.corrections:
-        return ingredients, []
-    return smoothed(ingredients, plan, feeds, tell)
-
-
 def smoothed(
     ingredients: build.Ingredients, plan: Placement, feeds: Feeds, tell: build.Tell
 ) -> tuple[build.Ingredients, list[dict[str, Any]]]:
     """The ingredients with activations smoothed by the best alpha, where one helps."""
+    if not ingredients.settings.corrections:
+        return ingredients, []
     folds, refused = find_folds(ingredients.model, plan.nodes)
     if not folds and not refused:
         return ingredients, []
@@ -72,10 +64,4 @@ def recalibrate(
     ranges = build.activation_ranges(fresh, table, ingredients.scheme, ingredients.settings)
     ingredients.statistics = ingredients.statistics | fresh
     ingredients.ranges = ingredients.ranges | ranges
-    rescale(ingredients, plan)
-
-
-def rescale(ingredients: build.Ingredients, plan: Placement) -> None:
-    """Scales of all weights anew, in place."""
-    found = find_layers(ingredients.model, plan.nodes)
-    ingredients.weights = build.weight_scales(ingredients.model, found, ingredients.scheme)
+    ingredients.weights = build.scales_of(ingredients.model, plan, ingredients.scheme)
