@@ -1,0 +1,204 @@
+"""Calibration samples as batches: which samples a step sees, stacked where the model allows it."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import onnx
+import torch
+
+from edgewright.data import Feed
+from edgewright.errors import BadInput
+from edgewright.recover.ops import Tensor
+from edgewright.runtime.local import open_local
+from edgewright.taps import expose
+
+MEMORY = 512 << 20  # bytes of samples kept at most
+HOLD = 5  # every fifth sample is held out
+FEWEST = 5
+SAME = 1e-3  # a stacked run may differ by this share of the largest value: another order of sums
+
+
+class Student(Protocol):
+    """What is trained: its weights by name, its outputs, and a run that gives named tensors."""
+
+    weights: dict[str, torch.nn.Parameter]
+    outputs: tuple[str, ...]
+
+    def __call__(self, feeds: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]: ...
+
+
+# Gives the named tensors of the original for a feed.
+Teacher = Callable[[Feed, Sequence[str]], Sequence[np.ndarray]]
+
+
+class Wrapped(torch.nn.Module):
+    """Any torch module as a student: called with its inputs in order, outputs named in order."""
+
+    def __init__(
+        self, module: torch.nn.Module, inputs: Sequence[str], outputs: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.module, self.inputs, self.outputs = module, tuple(inputs), tuple(outputs)
+        self.weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+    def forward(self, feeds: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
+        result = self.module(*[feeds[n] for n in self.inputs])
+        values = result if isinstance(result, tuple | list) else (result,)
+        named = dict(zip(self.outputs, values, strict=True))
+        return [named[n] for n in wanted]
+
+
+def runtime_teacher(model: onnx.ModelProto, wanted: Sequence[str], threads: int) -> Teacher:
+    """The original in ONNX Runtime, with the wanted tensors as outputs."""
+    session = open_local(expose(model, list(wanted)).SerializeToString(), threads=threads)
+    return lambda feed, names: session.run(feed, list(names))
+
+
+def take_samples(feeds: Iterable[Feed], limit: int) -> tuple[list[Feed], str]:
+    """At most `limit` samples and MEMORY bytes, and what was left out, in words."""
+    kept: list[Feed] = []
+    size = 0
+    for feed in feeds:
+        need = sum(v.nbytes for v in feed.values())
+        if len(kept) >= limit or (kept and size + need > MEMORY):
+            return kept, f"training uses the first {len(kept)} samples ({size >> 20} MiB)"
+        kept.append({name: np.ascontiguousarray(value) for name, value in feed.items()})
+        size += need
+    if len(kept) < FEWEST:
+        raise BadInput(
+            "too few calibration samples to train on",
+            expected=f"at least {FEWEST}, better a few hundred",
+            found=str(len(kept)),
+        )
+    return kept, ""
+
+
+def digest_of(feeds: Iterable[Feed], *parts: bytes) -> str:
+    """Hash of the samples and whatever else decides what training does."""
+    total = hashlib.sha256(torch.__version__.encode())
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    for feed in feeds:
+        for name, value in sorted(feed.items()):
+            total.update(f"{name}{value.dtype}{value.shape}".encode() + value.tobytes())
+    return total.hexdigest()
+
+
+def stack(feeds: Sequence[Feed]) -> Feed:
+    """Feeds of equal shapes as one, along the first axis; numbers without axes stay single."""
+    first = feeds[0]
+    return {
+        name: np.concatenate([f[name] for f in feeds]) if value.ndim else value
+        for name, value in first.items()
+    }
+
+
+def shapes_of(feed: Feed) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """What two feeds must share to be stacked: shapes, and numbers without axes."""
+    return tuple(
+        (n, v.shape if v.ndim else (int(v.view(np.uint8).sum()),)) for n, v in sorted(feed.items())
+    )
+
+
+def tensors(feed: Feed) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in feed.items()}
+
+
+def stacks(run: Callable[[Feed], Sequence[np.ndarray]], feeds: Sequence[Feed]) -> bool:
+    """Whether a run of two samples gives the two samples' results, one behind the other."""
+    pairs = [(a, b) for a in feeds[:1] for b in feeds[1:] if shapes_of(a) == shapes_of(b)]
+    if not pairs:
+        return False
+    pair = pairs[0]
+    alone = [run(feed) for feed in pair]
+    try:
+        together = run(stack(pair))
+    except BadInput:
+        return False
+    for values in zip(*alone, together, strict=True):
+        if values[0].ndim == 0:
+            return False
+        want = np.concatenate(values[:2])
+        if want.shape != values[2].shape:
+            return False
+        if not np.allclose(want, values[2], rtol=0, atol=SAME * (np.abs(want).max() + 1e-6)):
+            return False
+    return True
+
+
+class Pair:
+    """Student and teacher side by side on the same samples.
+
+    wanted: (student's tensor, teacher's tensor) pairs that `both` returns.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        wanted: Sequence[tuple[str, str]],
+        feeds: list[Feed],
+    ) -> None:
+        self.student, self.teacher, self.feeds = student, teacher, feeds
+        self.mine, self.theirs = [a for a, _ in wanted], [b for _, b in wanted]
+        self.stacked = stacks(self.run_student, feeds)
+        self.teacher_stacked = self.stacked and stacks(self.run_teacher, feeds)
+
+    def run_student(self, feed: Feed) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [v.numpy() for v in self.student(tensors(feed), self.mine)]
+
+    def run_teacher(self, feed: Feed) -> list[np.ndarray]:
+        names = list(dict.fromkeys(self.theirs))
+        found = dict(zip(names, self.teacher(feed, names), strict=True))
+        return [found[n] for n in self.theirs]
+
+    def groups(self, rows: Sequence[int]) -> list[list[int]]:
+        """The samples in groups that can run at once."""
+        if not self.stacked:
+            return [[k] for k in rows]
+        found: dict[object, list[int]] = {}
+        for k in rows:
+            found.setdefault(shapes_of(self.feeds[k]), []).append(k)
+        return list(found.values())
+
+    def both(
+        self, rows: Sequence[int], mix: np.random.Generator | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The wanted tensors of student and teacher for one group of samples.
+
+        mix: draws how much of another sample each one gets; the teacher sees the mixture too
+        (Beyer et al., A good teacher is patient and consistent, 2106.05237).
+        """
+        feeds = [self.feeds[k] for k in rows]
+        feed = stack(feeds) if len(feeds) > 1 else feeds[0]
+        if mix is not None and len(feeds) > 1:
+            share, order = np.float32(mix.uniform(0, 0.5)), mix.permutation(len(feeds))
+            for name, value in feed.items():
+                if value.ndim and value.dtype == np.float32:
+                    feed[name] = (1 - share) * value + share * stack([feeds[k] for k in order])[
+                        name
+                    ]
+        mine = self.student(tensors(feed), self.mine)
+        if len(feeds) == 1 or self.teacher_stacked:
+            theirs = self.run_teacher(feed)
+        else:
+            size = len(feeds)
+            parts = [
+                self.run_teacher({n: v[k : k + 1] if v.ndim else v for n, v in feed.items()})
+                for k in range(size)
+            ]
+            theirs = [np.concatenate(values) for values in zip(*parts, strict=True)]
+        return mine, [torch.from_numpy(np.array(v)) for v in theirs]
+
+
+def rows_of_step(train: Sequence[int], batch: int, step: int, seed: int) -> list[int]:
+    """The samples of a step: all of them once in a new order, then again in another."""
+    count = len(train)
+    rows = []
+    for place in range(step * batch, (step + 1) * batch):
+        order = np.random.default_rng([seed, 1, place // count]).permutation(count)
+        rows.append(train[order[place % count]])
+    return rows

@@ -1,0 +1,308 @@
+"""What a student learns from its teacher: the tensors compared, and the loss of a step."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+import torch
+
+from edgewright.data import Feed
+from edgewright.errors import BadInput
+from edgewright.recover import losses
+from edgewright.recover.batches import HOLD, Pair, Student, Teacher, rows_of_step, runtime_teacher
+from edgewright.recover.losses import Target
+from edgewright.recover.ops import Tensor
+from edgewright.recover.training import Score
+
+MOST_HARD = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """How the student learns.
+
+    steps, minutes, rate, patience, seed: see `training.Schedule`. batch: samples of a step.
+    outputs: how outputs are compared: "auto" (by the node that makes them), "soft" (all are
+    logits over the last axis) or "value" (squared error). temperature: softens distributions
+    of outputs (N, classes); longer outputs, such as CTC's, are compared at 1. soft, feature,
+    attention: weights of the losses. hard: weight of the true labels where they are given, at
+    most 0.3, taken from the others. features: names of tensors for the feature loss; empty:
+    the one before the last pooling. mix: trains on mixtures of two samples as well, for inputs
+    that are float32. keep_zeros: weights that are zero stay zero. samples: kept in memory.
+    threads: of the training; the result's last bits depend on their number.
+    """
+
+    steps: int = 300
+    minutes: float = 0.0
+    rate: float = 0.0
+    patience: int = 8
+    batch: int = 16
+    seed: int = 0
+    outputs: Literal["auto", "soft", "value"] = "auto"
+    temperature: float = 2.0
+    soft: float = 1.0
+    feature: float = 0.5
+    attention: float = 0.0
+    hard: float = 0.0
+    features: tuple[str, ...] = ()
+    mix: bool = True
+    keep_zeros: bool = False
+    samples: int = 1024
+    threads: int = 2
+
+
+def check_settings(settings: Distillation) -> None:
+    """BadInput for numbers that make no sense."""
+    limits = {
+        "steps": (1, 10**7), "minutes": (0, 10**5), "rate": (0, 0.5), "batch": (1, 4096),
+        "patience": (1, 10**6), "temperature": (0.1, 100), "soft": (0, 100), "feature": (0, 100),
+        "attention": (0, 100), "hard": (0, MOST_HARD), "samples": (1, 10**6), "threads": (1, 256),
+    }  # fmt: skip
+    for name, (low, high) in limits.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise BadInput(f"distillation: {name}", expected=f"{low} to {high}", found=str(value))
+    if settings.soft + settings.feature + settings.attention <= 0:
+        raise BadInput("distillation has no loss", expected="soft, feature or attention above 0")
+
+
+@dataclass(frozen=True)
+class Match:
+    """One pair of tensors to bring together: what, how, and with which weight."""
+
+    loss: Literal["output", "feature", "map", "spatial"]
+    student: str
+    teacher: str
+    weight: float
+    target: Target | None = None
+
+
+def choose_targets(
+    teacher: onnx.ModelProto | None, student: onnx.ModelProto | None, outputs: tuple[str, ...],
+    settings: Distillation,
+) -> list[tuple[Target, Target]]:  # fmt: skip
+    """How each float output is compared: (in the student, in the teacher)."""
+    found = []
+    for name in outputs:
+        sides = []
+        for model in (student, teacher):
+            if model is None:
+                side = Target(name, "value", name)
+            else:
+                side = losses.find_target(model, name)
+            sides.append(side)
+        order = ("soft", "binary", "logits", "value")
+        kind = min((s.kind for s in sides), key=order.index)
+        for k, side in enumerate(sides):
+            if settings.outputs == "soft" and kind in ("value", "logits"):
+                sides[k] = Target(name, "soft", side.tensor)
+            elif settings.outputs == "value":
+                sides[k] = Target(name, "value", name)
+            elif side.kind != kind and kind == "logits":
+                sides[k] = Target(name, kind, name)
+            elif side.kind != kind:  # its graph shows no logits where the other's does
+                axis = next(s.axis for s in sides if s.kind == kind)
+                sides[k] = Target(name, kind, name, axis, probability=True)
+        found.append((sides[0], sides[1]))
+    return found
+
+
+def choose_matches(
+    teacher: onnx.ModelProto | None, student: onnx.ModelProto | None,
+    targets: list[tuple[Target, Target]], settings: Distillation,
+) -> tuple[list[Match], list[str]]:  # fmt: skip
+    """Everything that is compared, and what was asked for but cannot be, in words."""
+    found = [
+        Match("output", s.tensor, t.tensor, settings.soft / len(targets), s) for s, t in targets
+    ]
+    notes: list[str] = []
+    inner: list[tuple[Literal["feature", "map", "spatial"], list[str], float]] = []
+    if settings.feature:
+        names = list(settings.features)
+        if not names and student is not None:
+            names = [n for s, _ in targets if (n := losses.last_feature(student, s))]
+        inner.append(("feature", list(dict.fromkeys(names)), settings.feature))
+    if settings.attention and student is not None:
+        if maps := losses.attention_maps(student):
+            inner.append(("map", maps, settings.attention))
+        else:
+            inner.append(("spatial", losses.spatial_features(student), settings.attention))
+    for kind, names, weight in inner:
+        sides = [{o for n in m.graph.node for o in n.output} for m in (student, teacher) if m]
+        both = [n for n in names if len(sides) == 2 and n in sides[0] and n in sides[1]]
+        if not both:
+            notes.append(f"no tensor for the {kind} loss is in both models")
+        found += [Match(kind, n, n, weight / len(both)) for n in both]
+    if settings.attention and student is None:
+        notes.append("no attention loss: the student's graph is not known")
+    return found, notes
+
+
+def pair_loss(match: Match, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    if match.loss == "output":
+        assert match.target is not None
+        heat = temperature if student.dim() == 2 else 1.0
+        return losses.output_loss(match.target, student, teacher, heat)
+    function = {"feature": losses.feature_loss, "map": losses.map_loss}
+    return function.get(match.loss, losses.spatial_loss)(student, teacher)
+
+
+@dataclass
+class Lesson:
+    """Everything a step needs; `loss` is what `fit` minimises."""
+
+    pair: Pair
+    matches: list[Match]
+    targets: list[tuple[Target, Target]]
+    kept: Mapping[tuple[str, int], np.ndarray]
+    settings: Distillation
+    labels: np.ndarray | None
+    train: list[int]
+    held: list[int]
+    penalty: Callable[[int], Tensor] | None = None
+
+    def values(
+        self, rows: list[int], mix: np.random.Generator | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The compared tensors: logits where outputs are compared, without what was pruned."""
+        mine, theirs = self.pair.both(rows, mix)
+        by_output = {s.output: (s, t) for s, t in self.targets}
+        for k, match in enumerate(self.matches):
+            if match.target is not None:
+                s, t = by_output[match.target.output]
+                mine[k], theirs[k] = s.logits(mine[k]), t.logits(theirs[k])
+            else:
+                theirs[k] = losses.keep_rows(match.teacher, theirs[k], self.kept)
+            if not comparable(match, mine[k], theirs[k]):
+                raise BadInput(
+                    f"student and teacher differ in the shape of '{match.student}'",
+                    expected=f"{list(theirs[k].shape)}, as the teacher has it",
+                    found=str(list(mine[k].shape)),
+                )
+        return mine, theirs
+
+    def backward(self, step: int, rng: np.random.Generator) -> float:
+        """Add the gradient of one step; its loss."""
+        rows = rows_of_step(self.train, self.settings.batch, step, self.settings.seed)
+        mix = rng if self.settings.mix and step % 2 else None
+        total = 0.0
+        for group in self.pair.groups(rows):
+            mine, theirs = self.values(group, mix)
+            pairs = zip(self.matches, mine, theirs, strict=True)
+            terms = [m.weight * pair_loss(m, s, t, self.settings.temperature) for m, s, t in pairs]
+            loss = torch.stack(terms).sum()
+            if self.labels is not None and self.settings.hard and mix is None:
+                truth = torch.from_numpy(self.labels[group])
+                hard = torch.nn.functional.cross_entropy(mine[0], truth)
+                loss = (1 - self.settings.hard) * loss + self.settings.hard * hard
+            loss = loss * (len(group) / len(rows))
+            loss.backward()
+            total += float(loss.detach())
+        if self.penalty is not None:
+            more = self.penalty(step)
+            more.backward()
+            total += float(more.detach())
+        return total
+
+    def measure(self) -> Score:
+        """How far the outputs are from the teacher's on held-out samples, at temperature 1."""
+        distance = equal = 0.0
+        with torch.no_grad():
+            for start in range(0, len(self.held), self.settings.batch):
+                for group in self.pair.groups(self.held[start : start + self.settings.batch]):
+                    mine, theirs = self.values(group, None)
+                    for match, s, t in zip(self.matches, mine, theirs, strict=True):
+                        if match.target is None:
+                            continue
+                        share = len(group) / len(self.held) / len(self.targets)
+                        distance += share * float(losses.output_loss(match.target, s, t, 1.0))
+                        equal += share * losses.agreement(match.target, s, t)
+        return Score(distance if np.isfinite(distance) else float("inf"), equal)
+
+
+def comparable(match: Match, student: Tensor, teacher: Tensor) -> bool:
+    """Whether the shapes fit; where energy lies is compared whatever the number of channels."""
+    if match.loss == "spatial" and student.dim() == teacher.dim() > 2:
+        return student.shape[2:] == teacher.shape[2:]
+    return student.shape == teacher.shape
+
+
+def drop_unlike(lesson: Lesson) -> list[str]:
+    """Leave out inner tensors of another shape that nobody asked for by name; say which."""
+    first = lesson.held[0]
+    with torch.no_grad():
+        mine, theirs = lesson.pair.both([first])
+    found, notes = [], []
+    for match, s, t in zip(lesson.matches, mine, theirs, strict=True):
+        t = losses.keep_rows(match.teacher, t, lesson.kept) if match.target is None else t
+        named = match.target is not None or match.student in lesson.settings.features
+        if named or comparable(match, s, t):
+            found.append(match)
+        else:
+            notes.append(
+                f"no {match.loss} loss on '{match.student}': {list(s.shape)} in the student, "
+                f"{list(t.shape)} in the teacher"
+            )
+    lesson.matches = found
+    lesson.pair.mine = [m.student for m in found]
+    lesson.pair.theirs = [m.teacher for m in found]
+    return notes
+
+
+def float_outputs(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Outputs that a gradient can reach: a float type, or whole numbers made by an ArgMax."""
+    arg = {o for n in model.graph.node if n.op_type == "ArgMax" for o in n.output}
+    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.UNDEFINED)
+    return tuple(
+        v.name for v in model.graph.output if v.type.tensor_type.elem_type in kinds or v.name in arg
+    )
+
+
+def check_names(teacher: onnx.ModelProto, outputs: tuple[str, ...]) -> None:
+    """BadInput where the teacher has no output of a name the student has."""
+    names = [o.name for o in teacher.graph.output]
+    if missing := [n for n in outputs if n not in names]:
+        raise BadInput(
+            f"the teacher has no output '{missing[0]}'", expected=f"one of {names}",
+            hint="student and teacher must name their outputs alike",
+        )  # fmt: skip
+
+
+def make_lesson(
+    teacher: onnx.ModelProto | Teacher,
+    student: Student,
+    graph: onnx.ModelProto | None,
+    feeds: list[Feed],
+    settings: Distillation,
+    kept: Mapping[tuple[str, int], np.ndarray],
+    labels: np.ndarray | None,
+) -> tuple[Lesson, list[str]]:
+    """Student and teacher, ready to train, and notes on what cannot be compared."""
+    check_settings(settings)
+    known = teacher if isinstance(teacher, onnx.ModelProto) else None
+    outputs = float_outputs(graph) if graph else student.outputs
+    if not outputs:
+        raise BadInput("the model has no float output", hint="there is nothing to learn from")
+    if known is not None:
+        check_names(known, outputs)
+    targets = choose_targets(known, graph, outputs, settings)
+    matches, notes = choose_matches(known, graph, targets, settings)
+    run: Teacher
+    if isinstance(teacher, onnx.ModelProto):
+        run = runtime_teacher(
+            teacher, list(dict.fromkeys(m.teacher for m in matches)), settings.threads
+        )
+    else:
+        run = teacher
+    pair = Pair(student, run, [(m.student, m.teacher) for m in matches], feeds)
+    if not pair.stacked:
+        notes.append("the graph takes one sample at a time: gradients of a batch are added up")
+    if labels is not None and len(labels) < len(feeds):
+        raise BadInput("labels", expected=f"one for each of {len(feeds)} samples",
+                       found=str(len(labels)))  # fmt: skip
+    held = list(range(HOLD - 1, len(feeds), HOLD))
+    train = [k for k in range(len(feeds)) if k % HOLD != HOLD - 1]
+    lesson = Lesson(pair, matches, targets, kept, settings, labels, train, held)
+    return lesson, [*notes, *drop_unlike(lesson)]

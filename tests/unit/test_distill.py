@@ -1,0 +1,372 @@
+"""Distillation on small nets over real digits: what it gains, what it keeps, what it refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+from edgewright.errors import BadInput
+from edgewright.runtime.local import open_local
+
+torch = pytest.importorskip("torch")
+datasets = pytest.importorskip("sklearn.datasets")
+
+from edgewright.recover import losses, training  # noqa: E402
+from edgewright.recover.batches import Wrapped  # noqa: E402
+from edgewright.recover.distill import distill  # noqa: E402
+from edgewright.recover.executor import to_module  # noqa: E402
+from edgewright.recover.lesson import Distillation  # noqa: E402
+from edgewright.recover.losses import Target, find_target, output_loss  # noqa: E402
+
+HIDDEN, LEFT = 48, 8
+QUICK = Distillation(steps=200, rate=6e-2, threads=1)
+
+
+def net(hidden: int, seed: int, end: str = "y = Identity (z)", opset: int = 18) -> onnx.ModelProto:
+    """64 pixels -> `hidden` units -> 10 classes."""
+    model = parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : {opset}]> g (float[N,64] x) => (float[N,10] y) {{'
+        f" h = Gemm <transB=1> (x, w, b) a = Relu (h) z = Gemm <transB=1> (a, v, c) {end} }}"
+    )
+    rng = np.random.default_rng(seed)
+    values = {"w": rng.normal(0, 64**-0.5, (hidden, 64)), "b": np.zeros(hidden)}
+    values |= {"v": rng.normal(0, hidden**-0.5, (10, hidden)), "c": np.zeros(10)}
+    for name, value in values.items():
+        model.graph.initializer.append(numpy_helper.from_array(value.astype("f"), name))
+    return model
+
+
+def pictures() -> tuple[np.ndarray, np.ndarray]:
+    digits = datasets.load_digits()
+    return (digits.images.reshape(-1, 64) / 16).astype(np.float32), digits.target
+
+
+X, Y = pictures()
+TEST = slice(900, None)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> onnx.ModelProto:
+    """The net, trained on the labels of the first 900 digits."""
+    model = net(HIDDEN, 0)
+    module = to_module(model)
+    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+    truth = torch.from_numpy(Y[:900])
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(module({"x": X[:900]})[0], truth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    module.write_back(model)
+    return model
+
+
+def narrowed(model: onnx.ModelProto, keep: np.ndarray, **options: object) -> onnx.ModelProto:
+    """The net without some hidden units."""
+    small = net(len(keep), 0, **options)
+    stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    values = {"w": stored["w"][keep], "b": stored["b"][keep], "v": stored["v"][:, keep]}
+    for tensor in small.graph.initializer:
+        value = values.get(tensor.name, stored[tensor.name])
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), tensor.name))
+    return small
+
+
+def pruned(model: onnx.ModelProto, seed: int, **options: object) -> tuple[onnx.ModelProto, dict]:
+    """The net with LEFT of its hidden units, chosen by chance, and the map of what is kept."""
+    keep = np.sort(np.random.default_rng(seed).permutation(HIDDEN)[:LEFT])
+    return narrowed(model, keep, **options), dict.fromkeys((("h", 1), ("a", 1)), keep)
+
+
+def answers(model: onnx.ModelProto) -> np.ndarray:
+    return open_local(model.SerializeToString()).run({"x": X[TEST]})[0].argmax(1)
+
+
+def calibration(count: int = 200):
+    """Unlabelled pictures of the training half."""
+    return ({"x": X[k : k + 1]} for k in range(count))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pruned_net_learns_to_agree_with_its_original_again(teacher, seed):
+    student, kept = pruned(teacher, seed)
+    before = (answers(student) == answers(teacher)).mean()
+    report = distill(teacher, student, calibration, QUICK, kept=kept)
+    after = (answers(student) == answers(teacher)).mean()
+    # Of the answers lost on pictures never seen, most come back; without labels.
+    assert 1 - after < 0.5 * (1 - before)
+    assert report["best"]["distance"] < report["start"]["distance"]
+    assert [m["loss"] for m in report["losses"]] == ["output", "feature"]
+    assert report["samples"] == {"training": 160, "held out": 40}
+    onnx.checker.check_model(student, full_check=True)
+
+
+def test_inner_features_are_compared_with_what_was_kept_of_the_original(teacher):
+    student, kept = pruned(teacher, 0)
+    only = Distillation(steps=3, rate=1e-9, soft=0, feature=1, threads=1, mix=False)
+    report = distill(teacher, student, calibration, only, kept=kept)
+    # Its hidden units are those of the original still: nothing to learn.
+    assert report["history"][0]["loss"] == pytest.approx(0, abs=1e-10)
+    unknown = Distillation(steps=3, rate=1e-9, threads=1)
+    report = distill(teacher, pruned(teacher, 0)[0], calibration, unknown)
+    assert any("no feature loss on 'a'" in n for n in report["notes"])
+    asked = Distillation(steps=3, features=("a",), threads=1)
+    with pytest.raises(BadInput, match=r"shape of 'a'.*48.*8"):
+        distill(teacher, pruned(teacher, 0)[0], calibration, asked)
+
+
+def test_the_result_is_never_worse_than_the_start(teacher):
+    student, kept = pruned(teacher, 1)
+    start = student.SerializeToString(deterministic=True)
+    wild = Distillation(steps=40, rate=0.5, threads=1, seed=3)
+    report = distill(teacher, student, calibration, wild, kept=kept)
+    assert report["best"]["distance"] <= report["start"]["distance"]
+    if report["best_step"] == 0:
+        assert student.SerializeToString(deterministic=True) == start
+    assert report["steps"] <= 40
+
+
+def test_two_runs_give_the_same_bytes_and_another_seed_others(teacher):
+    results = []
+    for seed in (0, 0, 1):
+        student, kept = pruned(teacher, 0)
+        settings = Distillation(steps=30, rate=3e-3, threads=1, seed=seed)
+        distill(teacher, student, calibration, settings, kept=kept)
+        results.append(student.SerializeToString(deterministic=True))
+    assert results[0] == results[1] != results[2]
+
+
+TRAINING = """
+import sys, onnx, numpy as np
+from pathlib import Path
+from edgewright.recover.distill import distill
+from edgewright.recover.lesson import Distillation
+folder = Path(sys.argv[1])
+x = np.load(folder / "x.npy")
+student = onnx.load(folder / "student.onnx")
+def tell(text, done=0, total=0):
+    if sys.argv[2] == "slow" and done == 45:
+        (folder / "half").touch()
+        import time
+        time.sleep(60)
+report = distill(onnx.load(folder / "teacher.onnx"), student,
+                 lambda: ({"x": row[None]} for row in x),
+                 Distillation(steps=80, rate=0.0, threads=1), folder=folder, tell=tell)
+(folder / "out.onnx").write_bytes(student.SerializeToString(deterministic=True))
+(folder / "resumed").write_text(str(report["resumed_at"]))
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(teacher, tmp_path):
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+        np.save(folder / "x.npy", X[:100])
+        onnx.save(teacher, folder / "teacher.onnx")
+        onnx.save(net(LEFT, 0), folder / "student.onnx")
+    words = [sys.executable, "-c", TRAINING]
+    with subprocess.Popen([*words, str(folders[1]), "slow"]) as child:
+        deadline = time.monotonic() + 120
+        while not (folders[1] / "half").exists() and time.monotonic() < deadline:
+            assert child.poll() is None
+            time.sleep(0.05)
+        os.kill(child.pid, signal.SIGKILL)
+    assert (folders[1] / "checkpoint.npz").exists()
+    for folder in folders:
+        subprocess.run([*words, str(folder), "quick"], check=True)
+    resumed = [int((f / "resumed").read_text()) for f in folders]
+    assert resumed == [0, 44]  # the last check before step 45: every 4 steps
+    whole, killed = ((f / "out.onnx").read_bytes() for f in folders)
+    assert whole == killed
+    assert not (folders[1] / "checkpoint.npz").exists()
+
+
+def test_a_checkpoint_of_other_data_or_damaged_is_not_used(teacher, tmp_path):
+    (tmp_path / "checkpoint.npz").write_bytes(b"PK\x03\x04 no archive")
+    settings = Distillation(steps=8, rate=1e-3, threads=1)
+    student, kept = pruned(teacher, 0)
+    report = distill(teacher, student, calibration, settings, kept=kept, folder=tmp_path)
+    assert report["resumed_at"] == 0 and report["steps"] == 8
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_the_last_good(teacher, monkeypatch):
+    real, calls = losses.output_loss, []
+
+    def broken(target, student, teacher, temperature):
+        calls.append(temperature)
+        value = real(target, student, teacher, temperature)
+        return value * float("nan") if calls.count(2.0) > 20 and temperature == 2.0 else value
+
+    monkeypatch.setattr(losses, "output_loss", broken)
+    student, kept = pruned(teacher, 0)
+    settings = Distillation(steps=60, rate=3e-3, threads=1, outputs="soft")
+    report = distill(teacher, student, calibration, settings, kept=kept)
+    assert "not finite in step 21" in report["stopped"] and report["steps"] == 20
+    assert report["best"]["distance"] < report["start"]["distance"]
+    for tensor in student.graph.initializer:
+        assert np.isfinite(numpy_helper.to_array(tensor)).all()
+
+
+def test_a_run_that_the_clock_ends_says_so(teacher):
+    student, kept = pruned(teacher, 0)
+    settings = Distillation(steps=500, rate=1e-3, minutes=1e-6, threads=1)
+    report = distill(teacher, student, calibration, settings, kept=kept)
+    assert report["steps"] == 1 and not report["repeatable"]
+    assert "clock ended it after 1 of 500" in report["stopped"]
+
+
+def test_training_stops_early_when_nothing_is_gained(teacher):
+    student, kept = pruned(teacher, 0)
+    settings = Distillation(steps=100, rate=1e-9, patience=2, threads=1)
+    report = distill(teacher, student, calibration, settings, kept=kept)
+    assert report["steps"] < 100 or report["best_step"] > 0
+
+
+def test_outputs_are_compared_by_what_goes_into_the_softmax(teacher):
+    end = "y = Softmax <axis=-1> (z)"
+    whole = narrowed(teacher, np.arange(HIDDEN), end=end)
+    student, kept = pruned(teacher, 0, end=end)
+    assert find_target(student, "y") == Target("y", "soft", "z", -1)
+    assert find_target(teacher, "y") == Target("y", "logits", "z")
+    report = distill(whole, student, calibration, QUICK, kept=kept)
+    assert report["outputs"] == [{"name": "y", "compared as": "soft"}]
+    assert report["losses"][0]["tensor"] == "z"
+    assert report["best"]["agreement"] > report["start"]["agreement"]
+    # A function as teacher shows probabilities only; the distance it starts from is the same.
+    student, kept = pruned(teacher, 0, end=end)
+    session = open_local(whole.SerializeToString())
+    again = distill(
+        lambda feed, names: session.run(feed, list(names)),
+        student,
+        calibration,
+        Distillation(steps=1, rate=1e-6, feature=0, threads=1),
+    )
+    assert again["start"]["distance"] == pytest.approx(report["start"]["distance"], rel=1e-4)
+    with pytest.raises(BadInput, match="probabilities on both sides"):
+        distill(teacher, student, calibration, QUICK, kept=kept)
+
+
+def test_distances_are_those_of_the_formulas():
+    p, q = np.array([[0.7, 0.2, 0.1]]), np.array([[0.5, 0.25, 0.25]])
+    logs = [torch.from_numpy(np.log(v)) for v in (q, p)]
+    soft = Target("y", "soft", "y")
+    assert float(output_loss(soft, *logs, 1.0)) == pytest.approx((p * np.log(p / q)).sum())
+    hot = [np.sqrt(v) / np.sqrt(v).sum() for v in (q, p)]  # temperature 2 halves the logits
+    want = 4 * (hot[1] * np.log(hot[1] / hot[0])).sum()
+    assert float(output_loss(soft, *logs, 2.0)) == pytest.approx(want)
+    chance = [0.4, 0.8]
+    logits = [torch.tensor([np.log(v / (1 - v))]) for v in chance]
+    want = 0.8 * np.log(0.8 / 0.4) + 0.2 * np.log(0.2 / 0.6)
+    assert float(output_loss(Target("y", "binary", "y"), *logits, 1.0)) == pytest.approx(want)
+    values = [torch.tensor([1.0, 2, 4, 4]), torch.tensor([1.0, 2, 3, 6])]
+    want = (1 + 4) / 4 / np.var([1, 2, 3, 6])
+    assert float(output_loss(Target("y", "value", "y"), *values, 1.0)) == pytest.approx(want)
+    a, b = torch.zeros(1, 2, 1, 2), torch.zeros(1, 3, 1, 2)
+    a[0, 0, 0, 0], b[0, 1, 0, 1] = 2, 5  # all the energy in one place, in another one
+    assert float(losses.spatial_loss(a, b)) == pytest.approx(2)
+    assert float(losses.spatial_loss(a, 3 * a)) == pytest.approx(0)
+
+
+def test_one_cycle_rises_then_falls_to_nothing():
+    shares = [training.one_cycle(k, 100) for k in range(101)]
+    assert shares[14] == shares[15] == 1 and shares[0] == pytest.approx(1 / 15)
+    assert shares[100] == pytest.approx(0) and shares[15:] == sorted(shares[15:])[::-1]
+
+
+def test_any_torch_module_can_be_the_student_and_any_function_the_teacher(teacher):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+    session = open_local(teacher.SerializeToString())
+    report = distill(
+        lambda feed, names: session.run(feed, list(names)),
+        Wrapped(module, ["x"], ["y"]),
+        calibration,
+        Distillation(steps=300, rate=0.1, outputs="soft", feature=0, threads=1),
+    )
+    assert report["best"]["agreement"] > 0.8 > 0.3 > report["start"]["agreement"]
+
+
+def test_labels_are_used_where_they_are_given(teacher):
+    results = []
+    for labels in (None, Y[:200], (Y[:200] + 1) % 10):
+        student, kept = pruned(teacher, 0)
+        settings = Distillation(steps=60, rate=1e-2, hard=0.3, threads=1)
+        distill(teacher, student, calibration, settings, kept=kept, labels=labels)
+        results.append(answers(student))
+    truth = Y[TEST]
+    wrong = [(r == (truth + 1) % 10).mean() for r in results]
+    assert wrong[2] > wrong[1] and not np.array_equal(results[0], results[1])
+
+
+def test_zeros_stay_zero_when_asked(teacher):
+    student, kept = pruned(teacher, 0)
+    (weight,) = [t for t in student.graph.initializer if t.name == "w"]
+    values = numpy_helper.to_array(weight).copy()
+    mask = np.random.default_rng(0).random(values.shape) < 0.5
+    values[mask] = 0
+    for keep in (True, False):
+        weight.CopyFrom(numpy_helper.from_array(values, "w"))
+        settings = Distillation(steps=20, rate=3e-2, keep_zeros=keep, threads=1)
+        distill(teacher, student, calibration, settings, kept=kept)
+        after = numpy_helper.to_array(weight)
+        assert (after[~mask] != values[~mask]).any()
+        assert (after[mask] == 0).all() == keep
+
+
+def fixed_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same net, with a Reshape that knows only one sample."""
+    model.graph.node[0].input[0] = "flat"
+    shape = numpy_helper.from_array(np.array([1, 64]), "shape")
+    model.graph.initializer.append(shape)
+    node = onnx.helper.make_node("Reshape", ["x", "shape"], ["flat"])
+    nodes = [node, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def test_a_graph_for_one_sample_adds_up_gradients_and_ends_alike(teacher):
+    results = []
+    for single in (False, True):
+        student, kept = pruned(teacher, 0)
+        student = fixed_batch(student) if single else student
+        settings = Distillation(
+            steps=10, rate=3e-3, mix=False, feature=0, outputs="soft", threads=1
+        )
+        report = distill(teacher, student, calibration, settings, kept=kept)
+        assert single == any("one sample at a time" in n for n in report["notes"])
+        results.append(report["best"]["distance"])
+    assert results[0] == pytest.approx(results[1], rel=1e-3)  # the same sums in another order
+
+
+BAD = {
+    "steps": ({"steps": 0}, "steps"),
+    "no loss": ({"soft": 0.0, "feature": 0.0}, "no loss"),
+    "too hard": ({"hard": 0.5}, "hard"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_settings_that_make_no_sense_are_refused(teacher, name):
+    values, words = BAD[name]
+    with pytest.raises(BadInput, match=words):
+        distill(teacher, pruned(teacher, 0)[0], calibration, Distillation(**values))
+
+
+def test_few_samples_other_names_and_short_labels_are_refused(teacher):
+    student, kept = pruned(teacher, 0)
+    with pytest.raises(BadInput, match="too few"):
+        distill(teacher, student, lambda: calibration(3), QUICK, kept=kept)
+    with pytest.raises(BadInput, match="labels"):
+        distill(teacher, student, calibration, QUICK, kept=kept, labels=Y[:5])
+    other = onnx.ModelProto()
+    other.CopyFrom(teacher)
+    other.graph.node[-1].output[0] = other.graph.output[0].name = "scores"
+    with pytest.raises(BadInput, match=r"no output 'y'.*scores"):
+        distill(other, student, calibration, QUICK, kept=kept)
