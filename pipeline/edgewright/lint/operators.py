@@ -54,7 +54,8 @@ def recurrent(model: ir.Model, target: Target) -> Iterator[Hit]:
     """LSTM, GRU, RNN."""
     for node in matching(model, *RECURRENT):
         stored = all(constant(operand(node, k)) is not None for k in (1, 2))
-        if node.op_type == "LSTM" and target.int8.dynamic and stored:
+        batch_first = attribute(node, "layout", 0)
+        if node.op_type == "LSTM" and target.int8.dynamic and stored and not batch_first:
             yield Hit(
                 "no-int8-kernel",
                 "LSTM",

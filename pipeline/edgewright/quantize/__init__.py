@@ -6,6 +6,7 @@ passes between them, and only `write` makes an int8 graph.
 
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from edgewright.metric import Metric, has_metric
 from edgewright.quantize import audit, build, fidelity, headroom, placement, pricing, rollback
 from edgewright.quantize.calibrate import collect
 from edgewright.quantize.equalize import equalize
+from edgewright.quantize.lstm import lstms, why_float, write_dynamic_lstm
 from edgewright.quantize.refine import smoothed
 from edgewright.quantize.response import responses
 from edgewright.quantize.unfit import refuse_outliers, without_empty
-from edgewright.quantize.write import write_dynamic_lstm
 from edgewright.runtime.launch import launch_for
 from edgewright.runtime.local import open_local
 from edgewright.runtime.timing import cpu_ratio
@@ -52,7 +53,7 @@ def run(job: Job) -> Report:
     ingredients: build.Ingredients | None = None
     feeds = list(samples(job.recipe, graph.input_specs(model), PAY_SAMPLES))
     may_be_dynamic = (
-        any(n.op_type == "LSTM" for n in model.graph.node)
+        any(n.op_type == "LSTM" for n in graph.all_nodes(model.graph))
         and scheme.dynamic
         and isinstance(settings.scope, str)
     )
@@ -158,19 +159,18 @@ def dynamic_lstms(
     """
     before = model if quantized is None else quantized
     exclude = job.recipe.quantize.exclude
-    lstms = [n for n in model.graph.node if n.op_type == "LSTM"]
-    names = [n.name for n in lstms if not placement.matches(n, exclude)]
+    why = {
+        node.name: "excluded by the recipe"
+        if placement.matches(node, exclude)
+        else why_float(node, stored)
+        for node, stored in lstms(before.graph, {})
+    }
+    plan = replace(plan, reasons=plan.reasons | {name: text for name, text in why.items() if text})
+    names = [name for name, text in why.items() if not text]
     if not names:
         return quantized, plan, []
     choice: dict[str, Any] = {"step": "dynamic int8 LSTM", "kept": False}
-    try:
-        candidate = write_dynamic_lstm(before, job.target.int8, names)
-    except BadInput as error:
-        return quantized, plan, [choice | {"reason": str(error)[:300]}]
-    left = {n.name for n in candidate.graph.node if n.op_type == "LSTM"}
-    names = [n for n in names if n not in left]
-    if not names:
-        return quantized, plan, [choice | {"reason": "no LSTM has stored weights"}]
+    candidate = write_dynamic_lstm(before, job.target.int8, names)
     if retained is not None:
         share = retained(candidate)
         choice |= {"retained": round(share, 5)}

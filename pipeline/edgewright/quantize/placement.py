@@ -120,7 +120,8 @@ def choose(model: onnx.ModelProto, settings: QuantizeSettings) -> Placement:
     top = {id(n) for n in graph.node}
     for node in inner:
         if id(node) not in top:
-            reasons[node.name] = "inside a subgraph, which the int8 writer does not reach"
+            inside = "inside a subgraph, which the int8 writer does not reach"
+            reasons[node.name] = NO_KERNEL.get(node.op_type, inside)
     for name in chosen:
         reasons.pop(name, None)
     tables = embeddings.find_tables(model) if scope in ("auto", "full") else []

@@ -5,19 +5,16 @@ ours are the decisions: which nodes, which ranges, which weight scales.
 """
 
 import logging
-import tempfile
 from collections.abc import MutableSequence
-from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from edgewright.errors import BadInput
-from edgewright.model import array, consumers, initializers, load, topological
+from edgewright.model import array, consumers, initializers, topological
 from edgewright.quantize.scales import ActivationRange, WeightScales
 from edgewright.target import Int8Scheme
 
@@ -218,30 +215,3 @@ def weight_override(scales: WeightScales, kind: str) -> list[dict[str, object]]:
     if scales.axis is not None:
         entries[0]["axis"] = scales.axis
     return entries
-
-
-def write_dynamic_lstm(
-    model: onnx.ModelProto, scheme: Int8Scheme, nodes: list[str]
-) -> onnx.ModelProto:
-    """The model with the named LSTMs as dynamic int8: stored int8 weights, activations per run.
-
-    ONNX Runtime has no static int8 LSTM. Only LSTMs of the main graph with stored weights
-    change. Raises BadInput where the writer refuses the model.
-    """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "dynamic.onnx"
-        try:
-            quantize_dynamic(
-                copy,
-                out,
-                op_types_to_quantize=["LSTM"],
-                nodes_to_quantize=nodes,
-                weight_type=QuantType.QInt8,
-                reduce_range=scheme.saturates,
-            )
-        except Exception as error:  # the writer's own checks raise many kinds
-            text = " ".join(str(error).split())[:300]
-            raise BadInput("no dynamic int8 LSTM could be written", found=text) from None
-        return load(out)
