@@ -11,7 +11,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
     "prune": lambda recipe, _: asdict(recipe.prune) if recipe.prune else None,
     "recover": lambda recipe, _: asdict(recipe.recover) if recipe.recover else None,
     "share": lambda recipe, _: asdict(recipe.share) if recipe.share else None,
-    "quantize": lambda recipe, _: asdict(recipe.quantize),
+    # How many processes work on it does not show in the result.
+    "quantize": lambda recipe, _: asdict(replace(recipe.quantize, processes=0)),
     "min_retained": lambda recipe, _: recipe.gate.min_retained,
     "max_latency_ratio": lambda recipe, _: recipe.gate.max_latency_ratio,
     "gate": lambda recipe, _: [asdict(recipe.gate), sorted(recipe.raw.get("gate", {}))],

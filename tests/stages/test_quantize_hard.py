@@ -14,6 +14,7 @@ from test_quantize import here, job, net, normal, outputs, placed, quantized, re
 
 from edgewright import quantize
 from edgewright.errors import BadInput
+from edgewright.quantize import calibrate
 
 FLOOR_DB = 30.0
 
@@ -142,6 +143,29 @@ def test_one_outlier_of_1e30_is_refused_by_name(tmp_path: Path, ranges: str) -> 
     with pytest.raises(BadInput, match=r"sample 5 is out of line in tensor 'x'.*found 1e\+30"):
         quantize.run(work)
     assert list(work.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("ranges", ["mse", "percentile", "minmax", "moving-average", "entropy"])
+def test_batches_and_processes_make_the_same_int8_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranges: str
+) -> None:
+    monkeypatch.setattr(calibrate, "HIRE_AFTER", 0)
+    source = net(TWO.replace("[1,", "[batch,"), **stored(two()))
+    data = normal(16, 3, 8, 8, seed=6)
+    made = []
+    for k, (feeds, processes) in enumerate(
+        [(data, 1), (data.reshape(2, 8, 3, 8, 8), 1), (data, 3)]
+    ):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        settings = {"ranges": ranges, "corrections": False, "processes": processes}
+        report, model = quantized(folder, source, {"x": feeds}, **settings)
+        assert report["scheme"]["calibration_samples"] == 16
+        made.append(model.SerializeToString(deterministic=True))
+    assert made[0] == made[1] == made[2]
+    # An average of extrema cuts those of every other sample.
+    floor_db = 20.0 if ranges == "moving-average" else FLOOR_DB
+    assert sqnr_db(source, model, {"x": data[:4]}) > floor_db
 
 
 def test_quiet_and_loud_samples_are_no_outliers(tmp_path: Path) -> None:

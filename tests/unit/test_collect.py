@@ -19,6 +19,7 @@ from edgewright.data import Feed
 from edgewright.errors import BadInput, EnvironmentMissing
 from edgewright.quantize import calibrate, helpers
 from edgewright.quantize.calibrate import collect, numbered
+from edgewright.recipe import load_recipe
 
 
 def parsed(text: str, **stored: np.ndarray) -> onnx.ModelProto:
@@ -115,6 +116,12 @@ def test_processes_by_default_have_a_core_and_room(monkeypatch: pytest.MonkeyPat
     assert calibrate.useful_processes(500 * mb, 1 * mb) == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
     assert calibrate.useful_processes(1 * mb, 1 * mb) == 1
+
+
+def test_fewer_than_no_processes_are_refused(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text() + "\n[quantize]\nprocesses = -1\n")
+    with pytest.raises(BadInput, match=r"quantize.processes; expected 0 or more; found -1"):
+        load_recipe(tiny)
 
 
 LOG = "g (float[N] x) => (float[N] y) { a = Neg(x)  b = Neg(a)  y = Log(b) }"

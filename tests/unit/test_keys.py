@@ -37,6 +37,7 @@ def changed(recipe: Path, old: str, new: str) -> set[str]:
         ("[gate]", "higher_is_better = false\n[gate]", {"evaluation"}),
         ("[gate]", "std = [2.0]\n[gate]", {"calibration"}),
         ("[gate]", '[quantize]\nranges = "minmax"\n[gate]', {"quantize"}),
+        ("[gate]", "[quantize]\nprocesses = 2\n[gate]", set()),
         ("min_retained = 0.9", "min_retained = 0.8", {"gate", "min_retained"}),
         ("min_retained = 0.9", "min_retained = 0.9\nmax_latency_ratio = 1.0",
          {"gate", "max_latency_ratio"}),
