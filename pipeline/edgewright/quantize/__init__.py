@@ -16,7 +16,17 @@ from edgewright import model as graph
 from edgewright.data import Feed, samples
 from edgewright.errors import BadInput
 from edgewright.metric import Metric, has_metric
-from edgewright.quantize import audit, build, fidelity, headroom, placement, pricing, rollback
+from edgewright.quantize import (
+    audit,
+    build,
+    embeddings,
+    fidelity,
+    headroom,
+    placement,
+    pricing,
+    rollback,
+    weights_only,
+)
 from edgewright.quantize.calibrate import collect
 from edgewright.quantize.equalize import equalize
 from edgewright.quantize.lstm import lstms, why_float, write_dynamic_lstm
@@ -41,6 +51,8 @@ def run(job: Job) -> Report:
     source, scheme, settings = job.input_model(), job.target.int8, job.recipe.quantize
     if settings.scope == "off":
         return stay_float(job, "the recipe says scope = 'off'")
+    if settings.weights_only:
+        return only_weights(job)
     if scheme.style == "none":
         return stay_float(job, f"target {job.target.name} has no int8 kernels worth using")
     launch_for(job.target)  # what cannot run here is told before the work, not after it
@@ -109,6 +121,71 @@ def run(job: Job) -> Report:
         raise
     made = report(job, model, plan, figures, strays, choices, ingredients, quantized)
     return {**made, "prices": prices}
+
+
+def only_weights(job: Job) -> Report:
+    """The stage on request of `weights_only`: int8 in the file, float arithmetic."""
+    source, settings = job.input_model(), job.recipe.quantize
+    launch_for(job.target)
+    model = ready(graph.load(source))
+    scope = settings.scope
+    chosen = [
+        n.name
+        for n in model.graph.node
+        if not placement.matches(n, settings.exclude)
+        and (isinstance(scope, str) or placement.matches(n, scope))
+    ]
+    weights, reasons = weights_only.find_weights(model, chosen)
+    tables = placement.choose(model, settings).tables
+    if not weights and not tables:
+        return stay_float(job, "no layer in scope has a stored float32 weight", reasons)
+    stored = onnx.ModelProto()
+    stored.CopyFrom(model)
+    blocks = weights_only.blocks_are_fast(job.target)
+    forms = weights_only.store_as_int8(stored, weights, blocks=blocks)
+    embeddings.shrink(stored, tables)
+    held = list(samples(job.recipe, graph.input_specs(model), HELD_SAMPLES))
+    judged = fidelity.judged_tensors(model)
+    values = (fidelity.values_of(m, judged, held) for m in (model, stored))
+    near = round(fidelity.sqnr_db(*values), 2)
+    size = round(stored.ByteSize() / model.ByteSize(), 3)
+    choice: dict[str, Any] = {"step": "weights only", "sqnr_db": near, "bytes_ratio": size}
+    if job.target.run.how == "local":
+        choice["cpu_ratio"] = round(cpu_ratio(stored, source, held[:PAY_SAMPLES]), 2)
+    choices = [choice]
+    retained = metric_of(job, source) if scope == "auto" else None
+    if retained is not None:
+        share = retained(stored)
+        choices.append({"step": "metric", "retained": round(share, 5)})
+        if share < (job.recipe.gate.min_retained or 0.0):
+            reason = f"int8 weights keep {100 * share:.2f} % of the metric: less than min_retained"
+            return stay_float(job, reason, reasons, choices)
+    graph.save(stored, job.output_model())
+    try:
+        figures, _ = audit.audit(job.output_model(), [], job.target, job.folder)
+    except BaseException:
+        job.output_model().unlink(missing_ok=True)
+        raise
+    rows = []
+    for node in model.graph.node:
+        form = next((forms[i] for i in node.input if i in forms), None)
+        why = f"int8 weights, float arithmetic ({form})" if form else reasons.get(node.name)
+        if why:
+            row = {"node": node.name, "op": node.op_type, "runs_as": "float", "reason": why}
+            rows.append(row)
+    return {
+        "notes": [],
+        "scope": scope,
+        "stayed_float": False,
+        "scheme": {"activations": "float32", "weights": "int8", "per_channel": True},
+        "sqnr_db": near,
+        "placement": rows,
+        "tables": list(tables),
+        "audit": figures,
+        "prices": who_decides(job),
+        "choices": choices,
+        "model": graph.summary(job.output_model()),
+    }
 
 
 def who_decides(job: Job) -> Report:

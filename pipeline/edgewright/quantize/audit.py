@@ -35,6 +35,7 @@ INT8 = (
     "QLinearWhere",
     "DynamicQuantizeLSTM",
     "MatMulInteger",
+    "MatMulNBits",
 )
 
 
