@@ -18,7 +18,7 @@ RECURRENT = ("LSTM", "GRU", "RNN")
 WORK = ("Conv", "ConvTranspose", "MatMul", "Gemm", "MatMulNBits", *RECURRENT)
 ROUNDS = 4  # what is computed in one may settle more in the next
 Shape = tuple[int, ...]
-Item = tuple[str, str, int | None]  # operator, first output, multiply-accumulates
+Item = tuple[str, str, int | None]  # operator, first named output, multiply-accumulates
 
 
 def work(model: onnx.ModelProto) -> tuple[dict[str, int], str]:
@@ -48,7 +48,9 @@ def node_work(model: onnx.ModelProto) -> tuple[list[Item], int]:
     for part in graph.all_graphs(sized.graph):
         shapes = known_shapes(part)
         found = [n for n in part.node if n.op_type in WORK]
-        items += [(n.op_type, n.output[0], node_macs(n, shapes.get)) for n in found]
+        items += [
+            (n.op_type, next(filter(None, n.output), ""), node_macs(n, shapes.get)) for n in found
+        ]
     return items, graph.count_nodes(sized)
 
 

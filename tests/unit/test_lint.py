@@ -350,6 +350,28 @@ def test_recurrent_layers(op: str, gates: int, name: str, by: str) -> None:
         assert finding.level == "warning"
 
 
+def test_recurrent_layers_that_give_their_last_state_only() -> None:
+    model = net(
+        """g (float[6,1,8] x) => (float[1,1,16] y, float[1,1,16] z) {
+            , y = GRU<hidden_size=16>(x, w, r)  , z = GRU<hidden_size=16>(x, v, r)
+        }""",
+        w=f32(1, 48, 8),
+        v=f32(1, 48, 8, seed=2),
+        r=f32(1, 48, 16, seed=3),
+    )
+    for node, name in zip(model.graph.node, ("first", "second"), strict=True):
+        node.name = name
+    (finding,) = of("no-int8-kernel", model)
+    assert finding.text == "2 GRU, 100% of the work: first, second"
+
+
+def test_a_layout_that_the_int8_lstm_does_not_have() -> None:
+    text = "g (float[1,6,8] x) => (float[1,6,1,16] y) {{ y = LSTM<hidden_size=16{}>(x, w, r) }}"
+    stored = {"w": f32(1, 64, 8), "r": f32(1, 64, 16)}
+    (finding,) = of("no-int8-kernel", net(text.format(", layout=1"), **stored))
+    assert (finding.level, finding.fixed_by) == ("warning", "")
+
+
 FORMS = {
     "Gemm with a transposed activation": (
         "g (float[8,4] x) => (float[4,3] y) { y = Gemm<transA=1>(x, w) }",

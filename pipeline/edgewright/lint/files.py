@@ -79,7 +79,7 @@ def limits(facts: Facts, target: Target) -> Iterator[Finding]:
 
 def named(nodes: list[onnx.NodeProto]) -> tuple[str, ...]:
     """How to call the first few nodes."""
-    return tuple(n.name or f"(makes {n.output[0]})" for n in nodes[:FIRST])
+    return tuple(n.name or f"(makes {next(filter(None, n.output), '')})" for n in nodes[:FIRST])
 
 
 def listed(nodes: list[onnx.NodeProto]) -> str:

@@ -43,7 +43,8 @@ def hits(model: ir.Model, target: Target) -> Iterator[Hit]:
 
 
 def key(node: ir.Node) -> str:
-    return str(node.outputs[0].name)
+    """The first output with a name: that of a recurrent layer's sequence is often left out."""
+    return next((str(o.name) for o in node.outputs if o.name), "")
 
 
 def main(node: ir.Node, model: ir.Model) -> bool:
