@@ -24,6 +24,7 @@ from edgewright.passes.clips import unify_clips
 from edgewright.passes.constants import fold_constants, store_constants
 from edgewright.passes.duplicates import merge_duplicates, remove_dead
 from edgewright.passes.edit import all_nodes
+from edgewright.passes.gelu import order_gelus
 from edgewright.passes.inputs import forget_shapes, set_input_shapes
 from edgewright.passes.layer_norm import find_layer_norms
 from edgewright.passes.linear import fold_affine
@@ -103,6 +104,7 @@ STEPS: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("padding into convolutions", fold_pads),
     ("means to global pooling", pool_means),
     ("layer normalisation", find_layer_norms),
+    ("order of factors in GELU", order_gelus),
     ("affine maps into weights", fold_affine),
     ("look-up tables", look_up),
 )

@@ -10,6 +10,7 @@ from edgewright.passes.activations import canonical_activations
 from edgewright.passes.clips import unify_clips
 from edgewright.passes.duplicates import remove_dead
 from edgewright.passes.edit import all_nodes, attribute, constant
+from edgewright.passes.gelu import order_gelus
 from edgewright.passes.layer_norm import find_layer_norms
 from edgewright.passes.pads import fold_pads
 from edgewright.passes.pooling import pool_means
@@ -402,3 +403,39 @@ def test_other_activations_are_no_hard_swish(name):
 def test_hard_swish_needs_operator_set_14():
     text = f"g (float[1,3,N] x) => (float[1,3,N] y) {{ {SWISH['times a sixth']} }}"
     assert "HardSwish" not in canonical(text, 13)[0]
+
+
+GELU = """g (float[1,4,8] x) => (float[1,4,8] y) {
+    a = Mul(x, root)  b = Erf(a)  c = Add(b, one)  d = Mul(c, half)  y = Mul(x, d)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("change", "fused"),
+    [
+        ({}, True),
+        ({"d = Mul(c, half)": "d = Mul(half, c)", "y = Mul(x, d)": "y = Mul(d, x)"}, True),
+        ({"c = Add(b, one)": "c = Add(one, b)"}, True),
+        ({"c = Add(b, one)": "c = Add(b, two)"}, False),
+        ({"d = Mul(c, half)": "d = Mul(c, third)"}, False),
+        ({"y = Mul(x, d)": "e = Mul(x, d)  y = Add(e, d)"}, False),
+    ],
+)
+def test_gelu_in_the_order_that_the_runtime_fuses(change: dict[str, str], fused: bool) -> None:
+    text = GELU
+    for old, new in change.items():
+        assert old in text
+        text = text.replace(old, new)
+    before = parse(text, **used(text), root=F(0.5**0.5))
+    model = load(before)
+    assert order_gelus(model) == fused
+    remove_dead(model)
+    after = ir.to_proto(model)
+    onnx.checker.check_model(after)
+    x = np.linspace(-9, 9, 32, dtype=np.float32).reshape(1, 4, 8)
+    # Halving rounds nothing, so the order of factors changes no bit.
+    same = [
+        open_local(m.SerializeToString(), optimize=False).run({"x": x})[0] for m in (before, after)
+    ]
+    np.testing.assert_array_equal(*same)
+    assert order_gelus(model) == 0
