@@ -32,6 +32,7 @@ from edgewright.quantize.equalize import equalize
 from edgewright.quantize.lstm import lstms, why_float, write_dynamic_lstm
 from edgewright.quantize.refine import smoothed
 from edgewright.quantize.response import responses
+from edgewright.quantize.rewrite import rewritten
 from edgewright.quantize.unfit import refuse_outliers, without_empty
 from edgewright.runtime.launch import launch_for
 from edgewright.runtime.local import open_local
@@ -57,9 +58,12 @@ def run(job: Job) -> Report:
         return stay_float(job, f"target {job.target.name} has no int8 kernels worth using")
     launch_for(job.target)  # what cannot run here is told before the work, not after it
     model = ready(graph.load(source))
-    plan = placement.choose(model, settings)
-    retained = metric_of(job, source)
     choices: list[dict[str, Any]] = []
+    if isinstance(settings.scope, str):
+        model, plan, choices = rewritten(model, settings)
+    else:  # its patterns are for the operators that the user sees
+        plan = placement.choose(model, settings)
+    retained = metric_of(job, source)
     prices: Report = who_decides(job)
     quantized: onnx.ModelProto | None = None
     ingredients: build.Ingredients | None = None
@@ -74,7 +78,8 @@ def run(job: Job) -> Report:
         return stay_float(job, reason, plan.reasons, choices, prices)
 
     if plan.cores(model):
-        ingredients, plan, choices = equalized(job, model, plan)
+        ingredients, plan, tried = equalized(job, model, plan)
+        choices += tried
         if not plan.cores(model) and not may_be_dynamic:
             return leave("every layer is empty in calibration")
         if prices["clock"] and plan.cores(model):
