@@ -144,7 +144,7 @@ def apply(ax: Axes, node: onnx.NodeProto, rule: object) -> None:
         return
     try:
         rule(ax, node)  # type: ignore[operator]
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, KeyError, TypeError) as error:
         ax.refuse(node, f"its tensors do not fit the rule: {error}")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgewright.model import array, opset
+from edgewright.model import array, opset, reads
 from edgewright.prune.axes import attribute, integer, operand
 
 
@@ -114,8 +114,8 @@ class Sizes:
             place = next(k for k, n in enumerate(graph.node) if n.output == node.output)
             graph.node.insert(place, before)
         graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in self.new)
-        read_before = {name for node in self.original.graph.node for name in node.input}
-        read = {name for node in graph.node for name in node.input}
+        read_before = {name for node in self.original.graph.node for name in reads(node)}
+        read = {name for node in graph.node for name in reads(node)}
         gone = {t.name for t in graph.initializer if t.name in read_before - read}
         kept = [t for t in graph.initializer if t.name not in gone]
         if gone:
