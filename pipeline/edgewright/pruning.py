@@ -199,10 +199,11 @@ def score(
 ) -> dict[int, float]:
     """How much every unit matters, by the recipe's criterion."""
     feeds = feeds_of(job, model, settings.samples)
-    if settings.criterion == "taylor":
-        from edgewright.recover.gradients import taylor  # brings torch
+    if settings.criterion in ("taylor", "fisher"):
+        from edgewright.recover import gradients  # brings torch
 
-        return taylor(model, analysis, feeds, job.tell)
+        kind = settings.criterion
+        return gradients.scores(model, analysis, kind, feeds, job.tell, seed=settings.seed)
     return scores(model, analysis, settings.criterion, feeds, job.tell, settings.seed)
 
 

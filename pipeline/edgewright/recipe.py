@@ -93,7 +93,8 @@ class PruneSettings:
     """[prune]: what leaves the graph itself. Absent: nothing.
 
     budget: what may remain. criterion: how much a unit matters; l1, l2, bn_gamma and random read
-    the weights, activation and hessian the calibration inputs, taylor gradients (needs torch).
+    the weights, activation and hessian the calibration inputs, taylor and fisher gradients on
+    those inputs (they need torch).
     allocation: global = where it costs least, uniform = the same share everywhere. multiple:
     what the widths that remain are rounded to, 0 for the target's. exclude: patterns of groups
     (named after their first weight) to leave whole. steps: rounds of scoring and cutting.
@@ -104,9 +105,9 @@ class PruneSettings:
     """
 
     budget: PruneBudget
-    criterion: Literal["l1", "l2", "bn_gamma", "activation", "hessian", "taylor", "random"] = (
-        "hessian"
-    )
+    criterion: Literal[
+        "l1", "l2", "bn_gamma", "activation", "hessian", "taylor", "fisher", "random"
+    ] = "hessian"
     allocation: Literal["global", "uniform"] = "global"
     multiple: int = 0
     exclude: tuple[str, ...] = ()

@@ -3,7 +3,8 @@
 Data-free (the weights alone): `l1`, `l2` (norm of what a unit owns), `bn_gamma` (network
 slimming), `random`. Label-free (calibration inputs, no labels): `activation` (Wanda: weight times
 the norm of its input, 2306.11695), `hessian` (Optimal Brain Surgeon on the layers that read the
-unit, `obs`). `taylor` needs gradients and comes from `recover`.
+unit, `obs`). `taylor` and `fisher` need gradients, with labels or without, and come from
+`recover`.
 
 Scores of `hessian` are shares of the output energy that the reading layers lose; those of the other
 criteria are a unit's share of its group's total.
@@ -34,8 +35,10 @@ CRITERIA: dict[str, Needs] = {
     "random": "data-free",
     "activation": "label-free",
     "hessian": "label-free",
-    "taylor": "labelled",
+    "taylor": "label-free",
+    "fisher": "label-free",
 }
+GRADIENT = ("taylor", "fisher")
 GAMMA = 1  # index of the scale among a BatchNormalization's inputs
 
 
@@ -53,7 +56,7 @@ def scores(
     Raises BadInput for an unknown criterion, for one that needs gradients, for no samples, and
     for `bn_gamma` where no group has a BatchNormalization left.
     """
-    if criterion not in CRITERIA or criterion == "taylor":
+    if criterion not in CRITERIA or criterion in GRADIENT:
         known = ", ".join(CRITERIA)
         raise BadInput(f"unknown pruning criterion '{criterion}'", expected=f"one of {known}")
     if criterion == "random":
