@@ -228,6 +228,15 @@ def test_a_model_that_is_quantized_already() -> None:
     )
     (finding,) = of("quantized", model)
     assert (finding.level, finding.nodes) == ("warning", ("q", "m"))
+    codes = net(
+        """g (float[1,4,8] x) => (float[1,4,5] y) {
+            d = DequantizeLinear(w, s, z)  y = MatMul(x, d)
+        }""",
+        w=np.ones((8, 5), np.int8),
+        s=np.float32(0.1),
+        z=np.int8(0),
+    )
+    assert [f.kind for f in found(codes)] == ["quantized"]  # and not of two activations
 
 
 def test_operators_of_one_runtime() -> None:
@@ -430,6 +439,9 @@ def test_layers_in_subgraphs() -> None:
             yes=np.array(True),
         )
 
+    (kept,), (gone,) = (of("control-flow", branched(c)) for c in ("c", "yes"))
+    assert kept.text.startswith("1 If: 1 left") and kept.fixed_by == ""
+    assert gone.text.startswith("1 If: 0 left") and gone.fixed_by.startswith("simplify")
     (finding,) = of("in-subgraph", branched("c"))
     assert finding.nodes == ("inner", "other")
     assert finding.fixed_by == ""

@@ -68,9 +68,9 @@ def lint(model: onnx.ModelProto, facts: dict[str, Any], target: Target) -> list[
         steps = Steps(model, target)
     except Exception as error:  # a pass on a strange model: no reason to say nothing at all
         text = f"the nodes were not looked at: {type(error).__name__}: {error}"
-        found = list(files.findings(model, facts, target, ""))
+        found = list(files.findings(model, facts, target, "", control_nodes(ir.from_proto(model))))
         return [*found, Finding("lint", "warning", " ".join(text.split())[:300])]
-    found = list(files.findings(model, facts, target, steps.stuck))
+    found = list(files.findings(model, facts, target, steps.stuck, control_nodes(steps.model)))
     left = len(all_nodes(steps.model))
     found += files.free_dimensions(model, facts, target, (steps.nodes_folded, fixed or left))
     if target.int8.style != "none":
@@ -80,6 +80,10 @@ def lint(model: onnx.ModelProto, facts: dict[str, Any], target: Target) -> list[
         found += group(steps.hits, steps.labels, macs, sum(macs.values()))
     order = {"warning": 0, "info": 1}
     return sorted(found, key=lambda f: (order[f.level], bool(f.fixed_by), -(f.share or 0.0)))
+
+
+def control_nodes(model: ir.Model) -> int:
+    return sum(n.op_type in files.CONTROL for n in all_nodes(model))
 
 
 class Steps:

@@ -32,15 +32,18 @@ Facts = dict[str, Any]
 
 
 def findings(
-    model: onnx.ModelProto, facts: Facts, target: Target, raised: str
+    model: onnx.ModelProto, facts: Facts, target: Target, raised: str, left: int
 ) -> Iterator[Finding]:
-    """All of this file. raised: why the operator set cannot be raised, "" where it can."""
+    """All of this file. raised: why the operator set cannot be raised, "" where it can.
+
+    left: how many If, Loop and Scan are still there after simplify's steps.
+    """
     yield from limits(facts, target)
     yield from quantized(model)
     yield from contrib(model)
     yield from opset(model, raised)
     yield from types(model)
-    yield from control(facts)
+    yield from control(facts, left)
     yield from repeated(model, facts)
     if target.int8.saturates and target.int8.style == "static":
         yield Finding(
@@ -218,19 +221,18 @@ def types(model: onnx.ModelProto) -> Iterator[Finding]:
         )
 
 
-def control(facts: Facts) -> Iterator[Finding]:
-    """Control flow that is left when all that is known is folded."""
+def control(facts: Facts, left: int) -> Iterator[Finding]:
+    """Control flow, and whether anything of it stays."""
     found = {op: facts["operators"][op] for op in CONTROL if facts["operators"].get(op)}
     if found:
         names = ", ".join(f"{count} {op}" for op, count in found.items())
         yield Finding(
             "control-flow",
             "info",
-            f"{names}: their bodies are compressed less, and run per call",
-            "nested graphs are optimized one by one, without what is known outside",
-            "export for one fixed path, where the condition is known; what follows from the "
-            "model itself is decided",
-            "simplify: shape arithmetic",
+            f"{names}: {left} left where all that is known is computed",
+            "bodies are compressed less, and run per call",
+            "export for one fixed path, or fix the input that decides it" if left else "decided",
+            "" if left else "simplify: shape arithmetic",
         )
 
 
