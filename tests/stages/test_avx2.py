@@ -3,6 +3,7 @@
 Needs the emulator (`edgewright setup --target cpu-avx2`), and is skipped without it.
 """
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgewright import quantize
 from edgewright.errors import EnvironmentMissing, IntegrityError
 from edgewright.quantize import headroom
+from edgewright.quantize.lstm import write_dynamic_lstm
 from edgewright.recipe import parse_recipe
 from edgewright.runtime.launch import launch_for, open_on_target
+from edgewright.runtime.local import open_local
 from edgewright.stage import Job
 from edgewright.target import Target, load_target
 
@@ -225,6 +228,31 @@ def test_models_are_exact_on_the_target_and_not_without_head_room(
         assert (value - exact).min() < -0.02 * exact.max(), name
     with pytest.raises(IntegrityError, match="cut off at 16 bits"):
         headroom.prove(model)
+
+
+def test_dynamic_lstms_are_exact_and_not_without_head_room(avx2: Target, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = {n: np.abs(rng.normal(0, 0.03, (1, 64, k))) for n, k in (("w", 33), ("r", 16))}
+    text = "g (float[3,1,33] x) => (float[3,1,1,16] y) { y = LSTM<hidden_size = 16>(x, w, r) }"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}')
+    model.graph.node[0].name = "lstm"
+    model.graph.initializer.extend(
+        numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()
+    )
+    feed = {"x": rng.uniform(0.8, 1, (3, 1, 33)).astype(np.float32)}
+    (exact,) = open_local(model.SerializeToString()).run(feed)
+    errors = []
+    for saturates in (True, False):
+        scheme = dataclasses.replace(avx2.int8, saturates=saturates)
+        written = write_dynamic_lstm(model, scheme, ["lstm"])
+        onnx.save(written, tmp_path / "lstm.onnx")
+        errors.append(np.abs(on_target(tmp_path / "lstm.onnx", avx2, feed)[0] - exact).max())
+        if saturates:
+            assert headroom.prove(written) == 64 * (16 + 8)
+    # 0.0008 is what 8 bits cost here; cut off it is 0.039.
+    assert errors[0] < 0.002 and errors[1] > 0.01
+    with pytest.raises(IntegrityError, match="lstm"):
+        headroom.prove(written)
 
 
 def test_a_model_that_would_be_cut_off_does_not_leave_the_stage(

@@ -14,6 +14,7 @@ import onnx
 from onnx import numpy_helper
 
 from edgewright.model import all_graphs, array, reads, subgraphs
+from edgewright.quantize import saturation
 from edgewright.target import Int8Scheme
 
 DOMAIN = "com.microsoft"
@@ -95,13 +96,17 @@ def store_int8(
 ) -> list[str]:
     """Store a weight (directions, 4 * hidden, n) as int8 columns; names: codes, scales, zeros.
 
-    Where two products saturate 16 bits, codes stop at 63: 2 * 255 * 63 < 2**15.
+    Where sums of two products are cut off at 16 bits, pairs of codes get room for that.
     """
-    limit = 63 if scheme.saturates else 127
-    peaks = np.abs(weight).max(axis=2 if scheme.per_channel else (1, 2), initial=0.0)
-    scale = (np.where(peaks > 0, peaks, limit) / limit).astype(np.float32)
+    pairs = saturation.pairs(weight.shape[2] if scheme.saturates else 0)
+    peaks = np.abs(weight).max(axis=2, initial=0.0) / 127
+    least = np.maximum(peaks, saturation.least_scales(weight, pairs))
+    if not scheme.per_channel:
+        least = least.max(axis=1)
+    scale = np.where(least > 0, least, 1.0).astype(np.float32)
     steps = scale.reshape(*scale.shape, *[1] * (weight.ndim - scale.ndim))
-    codes = np.clip(np.rint(weight / steps), -limit, limit).astype(np.int8)
+    codes = np.clip(np.rint(weight / steps), -127, 127).astype(np.int8)
+    codes = saturation.repaired(codes, pairs)
     parts: dict[str, np.ndarray] = {
         "lstm_int8": np.ascontiguousarray(codes.transpose(0, 2, 1)),
         "lstm_scale": scale,
