@@ -176,7 +176,7 @@ def read_by(
             weight = mixer.matrix(array(stored[mixer.weight])).astype(np.float64)
             mine = weight @ weight.T
             outer += mine / (float(np.sum(mine * gram)) or 1.0)
-        readers.append(Reader(labels[name], gram, outer, np.diag(raw)))
+        readers.append(Reader(labels[name], gram, outer, np.diag(raw), n))
     return readers
 
 

@@ -13,19 +13,21 @@ from dataclasses import dataclass
 import numpy as np
 
 CHUNK = 0.05  # of a group's units removed between two updates
-STRENGTH = 1e-3  # added to the diagonal, of its mean: as in the compensation
+STRENGTH = 1e-3  # added to the diagonal at least, of its mean: as in the compensation
+LARGEST_PART = 0.99  # of the moments given up for the mean variance
 
 
 @dataclass(frozen=True)
 class Reader:
     """An activation and the layers that read it. labels: (n,) unit of each channel. gram: (n, n)
     second moments. outer: (n, n) sum over the layers of W^T W / tr(W G W^T). power: (n,) raw
-    mean squares."""
+    mean squares. places: what the moments were taken over."""
 
     labels: np.ndarray
     gram: np.ndarray
     outer: np.ndarray
     power: np.ndarray
+    places: int
 
 
 @dataclass
@@ -82,11 +84,27 @@ def losses(readers: Sequence[Reader], units: Sequence[int]) -> dict[int, float]:
 
 def state_of(reader: Reader, units: Sequence[int]) -> State:
     size = len(reader.labels)
-    ridge = STRENGTH * float(np.trace(reader.gram)) / size or 1.0
-    inverse = np.linalg.inv(reader.gram + ridge * np.eye(size))
+    inverse = np.linalg.inv(reader.gram + ridge(reader.gram, reader.places) * np.eye(size))
     wanted = set(units)
     places: dict[int, list[int]] = {}
     for k, label in enumerate(reader.labels.tolist()):
         if label in wanted:
             places.setdefault(label, []).append(k)
     return State(inverse, reader.outer.copy(), {u: np.array(p) for u, p in places.items()})
+
+
+def ridge(gram: np.ndarray, places: int) -> float:
+    """What to add to the diagonal: with few places moments show relations that are not there.
+
+    The part r of the oracle approximating shrinkage towards the mean variance (Chen et al. 2010,
+    0907.4698, equation 23), as r / (1 - r) of that variance, and never below STRENGTH.
+    """
+    size = len(gram)
+    trace, square = float(np.trace(gram)), float(np.sum(gram * gram))
+    mean = trace / size
+    if mean <= 0:
+        return 1.0
+    over = (places + 1 - 2 / size) * (square - trace * trace / size)
+    part = ((1 - 2 / size) * square + trace * trace) / over if over > 0 else 1.0
+    part = min(part, LARGEST_PART)
+    return mean * max(STRENGTH, part / (1 - part))
