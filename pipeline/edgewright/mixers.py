@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from edgewright.model import consumers, initializers
 
@@ -183,3 +184,25 @@ def by_input(mixers: Iterable[Mixer]) -> dict[str, list[Mixer]]:
     for mixer in mixers:
         table.setdefault(mixer.input, []).append(mixer)
     return table
+
+
+def give_biases(model: onnx.ModelProto, mixers: Iterable[Mixer]) -> None:
+    """Zeros for the layers that can have a bias and have none."""
+    nodes = {n.name: n for n in model.graph.node}
+    stored = initializers(model.graph)
+    taken = {o for n in model.graph.node for o in n.output} | set(stored)
+    for mixer in mixers:
+        if mixer.bias != "":
+            continue
+        dims = stored[mixer.weight].dims
+        place, shape = 2, [dims[mixer.out_axis]]
+        if mixer.op in GATES:
+            place, shape = RECURRENT_BIAS, [dims[0], 2 * dims[1]]
+        name = f"{mixer.weight}_bias"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        model.graph.initializer.append(numpy_helper.from_array(np.zeros(shape, np.float32), name))
+        inputs = nodes[mixer.node].input
+        inputs.extend([""] * (place + 1 - len(inputs)))
+        inputs[place] = name

@@ -229,6 +229,7 @@ def test_samples_that_teach_nothing_leave_a_plain_slice() -> None:
 
 def test_fit_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments_module, "STRENGTHS", (1e-6,))
+    monkeypatch.setattr(moments_module, "START", 0)
     # One channel left, x0 = z and x1 = 3 z + 2 exactly: M = [1, 3], c = [0, 2].
     z = np.array([[0.0, 1, 2, 3]], np.float32)
     moments = Moments()
@@ -241,6 +242,19 @@ def test_fit_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     found = fit(moments, np.array([0]), np.ones(2), False)
     np.testing.assert_allclose(found.matrix[1], (3 * 44 + 2 * 16) / 44, atol=1e-4)
     np.testing.assert_array_equal(found.offset, [0, 0])
+
+
+def test_the_ladder_is_walked_downhill() -> None:
+    ladder = (1.0, 2.0, 3.0, 4.0, 5.0)
+    for lowest in ladder:
+        asked: list[float] = []
+
+        def judged(value: float, lowest: float = lowest, asked: list[float] = asked) -> float:
+            asked.append(value)
+            return abs(value - lowest)
+
+        assert moments_module.downhill(judged, ladder, 2) == (0.0, lowest)
+        assert len(asked) == len(set(asked)) <= 4
 
 
 def test_a_map_that_explodes_is_refused() -> None:

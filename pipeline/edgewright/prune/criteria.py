@@ -6,11 +6,12 @@ the norm of its input, 2306.11695), `hessian` (Optimal Brain Surgeon on the laye
 unit, `obs`). `taylor` and `fisher` need gradients, with labels or without, and come from
 `recover`.
 
-Scores of `hessian` are shares of the output energy that the reading layers lose; those of the other
-criteria are a unit's share of its group's total.
+Scores of `hessian` are parts of the model's output that are lost (`sensitivity`); those of the
+other criteria are a unit's share of its group's total.
 """
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -18,11 +19,12 @@ import onnx
 
 from edgewright.data import Feed
 from edgewright.errors import BadInput
-from edgewright.mixers import GATES, Mixer, by_input, channels, find_mixers
+from edgewright.mixers import GATES, Mixer, by_input, channels, find_mixers, give_biases
 from edgewright.model import array, initializers
 from edgewright.prune.groups import Group
 from edgewright.prune.labels import Analysis
 from edgewright.prune.obs import Reader, losses
+from edgewright.prune.sensitivity import SAMPLES, held_out, weigh
 from edgewright.runtime.local import open_local
 from edgewright.stage import Tell
 from edgewright.taps import expose, fetch_groups
@@ -69,13 +71,24 @@ def scores(
         return norms(model, analysis, 1 if criterion == "l1" else 2)
     if feeds is None:
         raise BadInput(f"criterion '{criterion}' needs calibration samples", found="none")
-    readers = read_by(model, analysis, feeds, tell)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    give_biases(copy, find_mixers(copy)[0])
+    every = held_out(feeds) if criterion == "hessian" else 0
+
+    def taught() -> Iterator[Feed]:
+        return (f for k, f in enumerate(feeds()) if not every or k % every)
+
+    readers = read_by(copy, analysis, taught, tell)
     found: dict[int, float] = {}
     for k, group in enumerate(analysis.groups):
         tell(f"scoring by {criterion}", k, len(analysis.groups))
         near = [r for r in readers if np.isin(r.labels, group.units).any()]
         if near:
             found |= losses(near, group.units) if criterion == "hessian" else wanda(near, group)
+    if every:
+        probe = list(itertools.islice(feeds(), 0, every * SAMPLES, every))
+        weigh(copy, analysis.groups, readers, found, probe, tell)
     return found
 
 
@@ -170,13 +183,16 @@ def read_by(
         n, first, square = moments[name]
         mean, raw = first / n, square / n
         central = raw - np.outer(mean, mean)
-        gram = raw if any(m.bias is None for m in group) else central
+        biased = all(m.bias is not None for m in group)
+        gram = central if biased else raw
         outer = np.zeros_like(gram)
         for mixer in group:
             weight = mixer.matrix(array(stored[mixer.weight])).astype(np.float64)
             mine = weight @ weight.T
             outer += mine / (float(np.sum(mine * gram)) or 1.0)
-        readers.append(Reader(labels[name], gram, outer, np.diag(raw), n))
+        readers.append(
+            Reader(labels[name], gram, outer, np.diag(raw), n, mean * biased, tuple(group))
+        )
     return readers
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgewright.mixers import Mixer
+
 CHUNK = 0.05  # of a group's units removed between two updates
 STRENGTH = 1e-3  # added to the diagonal at least, of its mean: as in the compensation
 LARGEST_PART = 0.99  # of the moments given up for the mean variance
@@ -21,13 +23,16 @@ LARGEST_PART = 0.99  # of the moments given up for the mean variance
 class Reader:
     """An activation and the layers that read it. labels: (n,) unit of each channel. gram: (n, n)
     second moments. outer: (n, n) sum over the layers of W^T W / tr(W G W^T). power: (n,) raw
-    mean squares. places: what the moments were taken over."""
+    mean squares. places: what the moments were taken over. mean: (n,), zeros for raw moments.
+    mixers: the layers."""
 
     labels: np.ndarray
     gram: np.ndarray
     outer: np.ndarray
     power: np.ndarray
     places: int
+    mean: np.ndarray | None = None
+    mixers: tuple[Mixer, ...] = ()
 
 
 @dataclass
@@ -91,6 +96,19 @@ def state_of(reader: Reader, units: Sequence[int]) -> State:
         if label in wanted:
             places.setdefault(label, []).append(k)
     return State(inverse, reader.outer.copy(), {u: np.array(p) for u, p in places.items()})
+
+
+def taken_over(reader: Reader, gone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x ~ M x + c from the channels that stay: M (n, n) with zero columns for those `gone`
+    (boolean), c (n,)."""
+    stay = ~gone
+    system = reader.gram[np.ix_(stay, stay)]
+    system = system + ridge(reader.gram, reader.places) * np.eye(len(system))
+    matrix = np.eye(len(gone))
+    matrix[:, gone] = 0.0
+    matrix[np.ix_(gone, stay)] = np.linalg.solve(system, reader.gram[np.ix_(stay, gone)]).T
+    mean = reader.mean if reader.mean is not None else np.zeros(len(gone))
+    return matrix, mean - matrix @ mean
 
 
 def ridge(gram: np.ndarray, places: int) -> float:

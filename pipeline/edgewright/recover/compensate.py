@@ -24,8 +24,9 @@ from onnx import numpy_helper
 
 from edgewright.data import Feed
 from edgewright.errors import BadInput
-from edgewright.mixers import GATES, RECURRENT_BIAS, Mixer, by_input, channels, find_mixers
+from edgewright.mixers import GATES, Mixer, by_input, channels, find_mixers, give_biases
 from edgewright.model import array, initializers, reads
+from edgewright.recover.channelwise import Channelwise, Spread, apply, find_channelwise, refit
 from edgewright.recover.moments import Fit, Moments, fit
 from edgewright.shelf import Arrays, Shelf
 from edgewright.stage import Tell
@@ -51,7 +52,13 @@ class Walk:
 
     def until(self, node: str) -> None:
         """Run everything that stands before a node."""
-        end = self.place[node]
+        self.run(self.place[node])
+
+    def through(self, node: str) -> None:
+        """Run everything up to a node, that one too."""
+        self.run(self.place[node] + 1)
+
+    def run(self, end: int) -> None:
         if end > self.start:
             run_piece(self.model, self.nodes[self.start : end], end - 1, self.last, self.live)
             self.start = end
@@ -77,16 +84,15 @@ def compensate(
     give_biases(pruned, [m for m in find_mixers(pruned)[0] if m.input in changed])
     mixers, left = find_mixers(pruned)
     before = {m.node: m for m in find_mixers(original)[0]}
-    stations = {
-        tensor: [m for m in group if m.node in before]
-        for tensor, group in by_input(mixers).items()
-        if tensor in changed
-    }
+    reached = [m for m in mixers if m.input in changed and m.node in before]
+    stations: list[list[Any]] = [*by_input(reached).values()]
+    stations += [[c] for c in find_channelwise(pruned) if c.output in changed]
+    apart = {station[0].node for station in stations}
     reading = {n.name: n.input[0] for n in pruned.graph.node if n.input}
     rows += [
         {**entry, "reason": f"not repaired: {entry['reason']}"}
         for entry in left
-        if reading.get(entry["node"]) in changed
+        if reading.get(entry["node"]) in changed and entry["node"] not in apart
     ]
     with tempfile.TemporaryDirectory(prefix="edgewright-") as folder:
         shelf = Shelf(Path(folder), LIVE_BYTES)
@@ -97,13 +103,16 @@ def compensate(
                 walk.live[-1].update(feed)
         if not walks[0].live:
             raise BadInput("compensation got no samples", expected="at least 2, better 64")
-        for k, (tensor, group) in enumerate(stations.items()):
-            if not group:
-                continue
+        order = {n.name: k for k, n in enumerate(pruned.graph.node)}
+        stations.sort(key=lambda s: order[s[0].node])
+        for k, group in enumerate(stations):
             tell("compensating", k, len(stations))
             for walk in walks:
                 walk.until(group[0].node)
-            rows += repair(original, pruned, tensor, group, kept, walks)
+            if isinstance(group[0], Channelwise):
+                rows += rescale(pruned, group[0], kept, walks)
+            else:
+                rows += repair(original, pruned, group, kept, walks)
     return rows
 
 
@@ -119,14 +128,13 @@ def touched(pruned: onnx.ModelProto, kept: Kept) -> set[str]:
 def repair(
     original: onnx.ModelProto,
     pruned: onnx.ModelProto,
-    tensor: str,
     group: list[Mixer],
     kept: Kept,
     walks: tuple[Walk, Walk],
 ) -> list[Row]:
     """Fit the map of one activation and put it into all layers that read it."""
     moments = Moments()
-    axis = group[0].axis
+    tensor, axis = group[0].input, group[0].axis
     for k, (mine, yours) in enumerate(zip(walks[1].live, walks[0].live, strict=True)):
         z, x = mine[tensor], yours[tensor]
         x = aligned(x, tensor, axis % x.ndim, kept)
@@ -161,6 +169,34 @@ def repair(
     return rows
 
 
+def rescale(
+    pruned: onnx.ModelProto, layer: Channelwise, kept: Kept, walks: tuple[Walk, Walk]
+) -> list[Row]:
+    """Fit scale and shift of a layer that keeps channels apart."""
+    for walk in walks:
+        walk.through(layer.node)
+    halves = Spread(), Spread()
+    for k, (mine, yours) in enumerate(zip(walks[1].live, walks[0].live, strict=True)):
+        x = yours[layer.output]
+        for axis in range(x.ndim):
+            if (layer.output, axis) in kept:
+                x = np.take(x, kept[layer.output, axis], axis=axis)
+        halves[k % 2].add(channels(x, 1, k), channels(mine[layer.output], 1, k))
+    found = refit(halves)
+    row = {"node": layer.node, "op": layer.op}
+    if found is None:
+        return [{**row, "reason": "as it is: no scale and shift do better on samples held out"}]
+    scale, shift, before, after = found
+    apply(pruned, layer, scale, shift)
+    for alive in walks[1].live:
+        value = alive[layer.output]
+        shape = [1, -1] + [1] * (value.ndim - 2)
+        alive[layer.output] = value * scale.reshape(shape).astype(np.float32) + shift.reshape(
+            shape
+        ).astype(np.float32)
+    return [{**row, "plain": before, "error": after, "reason": ""}]
+
+
 def aligned(value: np.ndarray, tensor: str, channel_axis: int, kept: Kept) -> np.ndarray:
     """The original's activation without what was cut along other axes than the channels."""
     for axis in range(value.ndim):
@@ -191,25 +227,3 @@ def rewrite(pruned: onnx.ModelProto, mixer: Mixer, weight: np.ndarray, found: Fi
     else:
         bias += added.reshape(bias.shape)
     stored[mixer.bias].CopyFrom(numpy_helper.from_array(bias.astype(np.float32), mixer.bias))
-
-
-def give_biases(model: onnx.ModelProto, mixers: Iterable[Mixer]) -> None:
-    """Zeros for the layers that can have a bias and have none."""
-    nodes = {n.name: n for n in model.graph.node}
-    stored = initializers(model.graph)
-    taken = {o for n in model.graph.node for o in n.output} | set(stored)
-    for mixer in mixers:
-        if mixer.bias != "":
-            continue
-        dims = stored[mixer.weight].dims
-        place, shape = 2, [dims[mixer.out_axis]]
-        if mixer.op in GATES:
-            place, shape = RECURRENT_BIAS, [dims[0], 2 * dims[1]]
-        name = f"{mixer.weight}_bias"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        model.graph.initializer.append(numpy_helper.from_array(np.zeros(shape, np.float32), name))
-        inputs = nodes[mixer.node].input
-        inputs.extend([""] * (place + 1 - len(inputs)))
-        inputs[place] = name

@@ -6,13 +6,15 @@ that compensation needs. Even and odd samples are kept apart, so that a map fitt
 can be judged on the other.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 # Ridge per mean variance of a channel of z. Facts: 1e-3 fits convolutional nets with thousands
 # of places; few samples want more, an exact linear relation wants less.
-STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
+START = 2
 LARGEST = (
     10.0  # part of a map, in standard deviations, above which it fits noise (Kwon, 2204.09656)
 )
@@ -133,17 +135,16 @@ def fit(moments: Moments, kept: np.ndarray, importance: np.ndarray, intercept: b
         return float(importance @ there.error(matrix, offset)) / energy / 2
 
     before = sum(loss(h, plain, nothing) for h in halves)
-    best = (before, np.inf)
-    for strength in (*STRENGTHS, np.inf):
+
+    def judged(strength: float) -> float:
+        """The loss of the map fitted on either half, on the other half."""
         error = 0.0
         for here, there in (halves, halves[::-1]):
             matrix = solved(here, plain, kept, strength)
             error += loss(there, matrix, offset_of(here, matrix, intercept))
-        if error < best[0]:
-            best = (error, strength)
-        elif np.isfinite(best[1]) and error > 2 * best[0]:
-            break  # only stronger ridges follow: further from the optimum
-    error, strength = best
+        return error
+
+    error, strength = downhill(judged, STRENGTHS, START)
     if error >= before:
         return Fit(plain, nothing, np.inf, before, before, "no map does better on samples held out")
     matrix = solved(whole, plain, kept, strength)
@@ -155,6 +156,24 @@ def fit(moments: Moments, kept: np.ndarray, importance: np.ndarray, intercept: b
         reason = f"the map explodes: a factor of {largest:.0f} standard deviations"
         return Fit(plain, nothing, np.inf, before, before, reason)
     return Fit(matrix, offset_of(whole, matrix, intercept), strength, error, before)
+
+
+def downhill(
+    judged: Callable[[float], float], ladder: tuple[float, ...], start: int
+) -> tuple[float, float]:
+    """The least value on a ladder, and where, walking from a start while it falls."""
+    values = {start: judged(ladder[start])}
+    for step in (1, -1):
+        at = start + step
+        while 0 <= at < len(ladder):
+            values[at] = judged(ladder[at])
+            if values[at] >= values[at - step]:
+                break
+            at += step
+        if min(values, key=lambda k: values[k]) != start:
+            break
+    best = min(values, key=lambda k: values[k])
+    return values[best], ladder[best]
 
 
 def solved(here: Centred, plain: np.ndarray, kept: np.ndarray, strength: float) -> np.ndarray:
