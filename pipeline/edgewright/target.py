@@ -53,16 +53,22 @@ class Int8Scheme:
 
     `style`: static = QDQ from calibration data; none = no int8 kernels worth using.
     `saturates`: 16-bit pair sums of U8S8 products saturate (x86 without VNNI), so weights
-    must leave head-room.
+    must leave head-room. 16-bit activations are for accelerators: ONNX Runtime's CPU provider
+    has no kernels for them and runs such layers in float between Q and DQ.
     """
 
     style: Literal["static", "none"] = "static"
-    activations: Literal["uint8", "int8"] = "uint8"
+    activations: Literal["uint8", "int8", "uint16", "int16"] = "uint8"
     weights: Literal["int8", "uint8"] = "int8"
     symmetric_activations: bool = False
     per_channel: bool = True
     saturates: bool = False
     dynamic: bool = True
+
+    @property
+    def steps(self) -> int:
+        """Steps between the smallest and the largest code of an activation."""
+        return 65535 if self.activations.endswith("16") else 255
 
 
 @dataclass(frozen=True, kw_only=True)

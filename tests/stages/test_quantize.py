@@ -241,6 +241,74 @@ def test_the_profile_decides_the_scheme(
     assert sqnr_db(source, model, {"x": normal(1, 3, 8, 8, seed=9)}) > 30
 
 
+@pytest.mark.parametrize("kind", ["uint16", "int16"])
+def test_16_bit_activations_are_closer_and_said_to_run_in_float(tmp_path: Path, kind: str) -> None:
+    source = residual()
+    eight, _ = quantized(tmp_path / "8", source, PICTURES, here())
+    scheme = here(activations=kind, symmetric_activations=kind == "int16", saturates=False)
+    report, model = quantized(tmp_path / "16", source, PICTURES, scheme)
+    assert types_of_scales(model) == ({kind.upper()}, {"INT8"})
+    assert report["model"]["opset"] == 21
+    assert {n.domain for n in model.graph.node} == {""}
+    assert report["sqnr_db"] > eight["sqnr_db"] + 3  # what is left is the weights' noise
+    assert report["audit"]["int8_kernels"].get("QLinearConv", 0) == 0
+    (note,) = report["notes"]
+    assert f"no kernels for {kind} activations" in note["text"]
+    assert "run in float" in note["text"]
+    assert set(LAYERS) <= set(placed(report, "float"))
+    stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    # The input's range in 65535 steps, zero exact.
+    low, high = PICTURES["x"].min(), PICTURES["x"].max()
+    if kind == "uint16":
+        assert stored["x_scale"] == pytest.approx((high - low) / 65535, rel=1e-5)
+    else:
+        assert stored["x_scale"] == pytest.approx(max(-low, high) * 2 / 65535, rel=1e-3)
+        assert stored["x_zero_point"] == 0
+
+
+def test_a_profile_of_ones_own_asks_for_16_bits_by_command(tmp_path: Path) -> None:
+    work = job(tmp_path, residual(), PICTURES)
+    text = (ROOT / "targets" / "cpu.toml").read_text()
+    text = text.replace('"x86_64"', f'"{platform.machine()}"').replace(
+        '["avx2", "avx512_vnni"]', "[]"
+    )
+    (tmp_path / "wide.toml").write_text(
+        text.replace('activations = "uint8"', 'activations = "uint16"')
+    )
+    (tmp_path / "recipe.toml").write_text(
+        """[model]
+name = "m"
+version = "1"
+source = "source.onnx"
+[data]
+calibration = "calibration.npz"
+[quantize]
+scope = "full"
+"""
+    )
+    command = [sys.executable, "-m", "edgewright", "quantize", str(work.input_model())]
+    command += ["--recipe", str(tmp_path / "recipe.toml"), "--target", str(tmp_path / "wide.toml")]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "wide.onnx"), "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no kernels for uint16 activations" in done.stdout
+    assert types_of_scales(onnx.load(tmp_path / "wide.onnx"))[0] == {"UINT16"}
+    (tmp_path / "wide.toml").write_text(
+        text.replace('activations = "uint8"', 'activations = "uint12"')
+    )
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "no.onnx")], capture_output=True, text=True
+    )
+    assert done.returncode == 3 and "uint12" in done.stderr and "'uint16'" in done.stderr
+
+
+def test_kinds_of_activations_that_are_none() -> None:
+    for kind in ("float8", "int4", 16):
+        with pytest.raises(BadInput, match="activations"):
+            here(activations=kind)
+
+
 def test_symmetric_activations_have_the_middle_as_zero(tmp_path: Path) -> None:
     _, model = quantized(
         tmp_path,

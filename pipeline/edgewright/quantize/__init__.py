@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.version_converter
 
 from edgewright import model as graph
 from edgewright.data import Feed, samples
@@ -42,6 +43,7 @@ from edgewright.stage import Job, Report
 HELD_SAMPLES = 12
 NEAR_DB = 25.0  # outputs at 6 % of their size from the original, for models without a metric
 OLDEST_OPSET = 13  # DequantizeLinear with an axis
+WIDE_OPSET = 21  # QuantizeLinear to 16 bits
 PAY_SAMPLES = 4
 HOPELESS = 1.0  # the same before corrections, with room for a second measurement
 MUST_PAY = 0.97  # int8 that is not clearly faster is not worth what it costs the metric
@@ -58,6 +60,8 @@ def run(job: Job) -> Report:
         return stay_float(job, f"target {job.target.name} has no int8 kernels worth using")
     launch_for(job.target)  # what cannot run here is told before the work, not after it
     model = ready(graph.load(source))
+    if scheme.steps > 255:
+        model = with_opset(model, WIDE_OPSET)
     choices: list[dict[str, Any]] = []
     if isinstance(settings.scope, str):
         model, plan, choices = rewritten(model, settings)
@@ -293,6 +297,25 @@ def ready(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model)
 
 
+def with_opset(model: onnx.ModelProto, wanted: int) -> onnx.ModelProto:
+    """The model in at least that operator set, types inferred; BadInput where it has no form
+    there."""
+    if graph.opset(model) >= wanted:
+        return model
+    try:
+        raised = onnx.version_converter.convert_version(model, wanted)
+    except Exception as error:  # the converter raises RuntimeError and more
+        raise BadInput(
+            "16-bit activations need a newer operator set than this model has",
+            expected=f"opset {wanted}, or a model that can be converted to it",
+            found=" ".join(str(error).split())[:200],
+            hint="export it with that opset, or use 8-bit activations",
+        ) from None
+    raised.ir_version = max(raised.ir_version, 10)
+    graph.name_nodes(raised)
+    return onnx.shape_inference.infer_shapes(raised)
+
+
 def equalized(
     job: Job, model: onnx.ModelProto, plan: placement.Placement
 ) -> tuple[build.Ingredients, placement.Placement, list[dict[str, Any]]]:
@@ -440,6 +463,9 @@ def report(
     notes = [
         {"level": "warning", "text": f"{s['op']} '{s['node']}': {s['reason']}"} for s in strays
     ]
+    if scheme.steps > 255 and strays:
+        text = f"this runtime has no kernels for {scheme.activations} activations: {len(strays)} "
+        notes = [{"level": "warning", "text": text + "layers run in float between Q and DQ"}]
     return {
         "notes": notes,
         "scope": job.recipe.quantize.scope,

@@ -72,12 +72,14 @@ def activation_ranges(
 ) -> dict[str, ActivationRange]:
     """The int8 range of every tensor with statistics."""
     found = {}
+    # With 65536 codes nothing is gained by cutting, and the histogram has fewer bins than that.
+    method = "minmax" if scheme.steps > 255 else settings.ranges
     for name, s in statistics.items():
         if s.samples == 0:
             continue
         low, high = ranges.choose(
             s,
-            settings.ranges,
+            method,
             settings.percentile,
             scheme.symmetric_activations,
             responses.get(name),

@@ -19,6 +19,7 @@ from edgewright.quantize.scales import ActivationRange, WeightScales
 from edgewright.target import Int8Scheme
 
 TYPES = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
+TYPES |= {"uint16": QuantType.QUInt16, "int16": QuantType.QInt16}
 # Code of the weight 0.
 MIDDLE = {"uint8": np.array(128, np.uint8), "int8": np.array(0, np.int8)}
 LARGEST_BIAS = 1 << 30  # code of a bias; the other half of int32 is for the sum of products
@@ -49,7 +50,7 @@ def write_qdq(
         },
     )
     chosen = [n for n in copy.graph.node if n.name in set(nodes)]
-    roomy = with_room_for_biases(chosen, initializers(copy.graph), ranges, weights)
+    roomy = with_room_for_biases(chosen, initializers(copy.graph), ranges, weights, scheme.steps)
     overrides = {name: weight_override(s, scheme.weights) for name, s in roomy.items()}
     for name in stacked_weights(chosen, initializers(copy.graph)):
         if name in overrides:
@@ -93,6 +94,7 @@ def with_room_for_biases(
     stored: dict[str, onnx.TensorProto],
     ranges: dict[str, ActivationRange],
     weights: dict[str, WeightScales],
+    steps: int = 255,
 ) -> dict[str, WeightScales]:
     """The weight scales, made larger where a layer's bias would not fit into its int32.
 
@@ -107,7 +109,7 @@ def with_room_for_biases(
         if node.input[0] not in ranges:
             continue
         low, high = ranges[node.input[0]]
-        step = max((high - low) / 255, 1e-38)
+        step = max((high - low) / steps, 1e-38)
         least = np.array(SMALLEST_STEP)
         bias = stored.get(node.input[2]) if len(node.input) > 2 else None
         scales = roomy[node.input[1]]
