@@ -11,7 +11,7 @@ import pytest
 
 from edgewright import simplify
 from edgewright.inspection import describe
-from edgewright.lint import STEPS, lint
+from edgewright.lint import ROUNDS, STEPS, lint
 from edgewright.lint.finding import Finding
 from edgewright.model import load
 from edgewright.quantize import placement, ready
@@ -524,6 +524,7 @@ def test_the_steps_are_those_of_simplify() -> None:
     theirs = [name for name, _ in simplify.STEPS]
     ours = [name for name, _ in STEPS]
     assert ours == [name for name in theirs if name in ours]
+    assert ROUNDS == simplify.ROUNDS
     same = dict(simplify.STEPS)
     assert all(same[name] is step for name, step in STEPS if name != "shape arithmetic")
 
