@@ -888,6 +888,28 @@ def test_biases_are_corrected_one_after_the_other(tmp_path: Path) -> None:
     assert mean_shift(source, model, data) < 0.03
 
 
+def test_equalization_lets_small_channels_use_the_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Channels of 1 to 1/100 before a depthwise layer that makes them equal again.
+    sizes = np.geomspace(1, 0.01, 8).astype(np.float32).reshape(8, 1, 1, 1)
+    source = net(
+        """g (float[1,4,8,8] x) => (float[1,8,6,6] y) {
+            a = Conv(x, w, b)  r = Relu(a)  y = Conv<group=8>(r, v)
+        }""",
+        w=normal(8, 4, 1, 1) * sizes,
+        b=normal(8, seed=2) * sizes.reshape(8),
+        v=normal(8, 1, 3, 3, seed=3) / sizes,
+    )
+    data = {"x": normal(16, 4, 8, 8, seed=4)}
+    report, _ = quantized(tmp_path / "a", source, data)
+    choice = report["choices"][0]
+    assert choice["step"] == "equalization" and choice["kept"] and choice["pairs"] == 1
+    monkeypatch.setattr(quantize, "equalize", lambda *_: 0)
+    other, _ = quantized(tmp_path / "b", source, data)
+    assert report["sqnr_db"] > other["sqnr_db"] + 6
+
+
 def loud() -> tuple[onnx.ModelProto, Data]:
     """A pre-norm block with two channels 60 times louder than the others, which are small in
     the weights: int8 steps made for them swallow the others."""
