@@ -1,0 +1,95 @@
+"""Zeros in the weights: counted by hand, and what they are worth."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+from edgewright.errors import BadInput
+from edgewright.prune.unstructured import n_of_m, prunable, sparse
+
+
+def net() -> onnx.ModelProto:
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[N,8,6,6] x) => (float[N,3] y) {'
+        " a = Conv <kernel_shape=[3,3]> (x, w, b) r = Relu (a) m = GlobalAveragePool (r)"
+        " f = Flatten (m) y = Gemm <transB=1> (f, v, c) }"
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"w": (16, 8, 3, 3), "b": (16,), "v": (3, 16), "c": (3,)}
+    for name, shape in shapes.items():
+        value = rng.normal(0, 10 if name == "v" else 0.1, shape).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    return model
+
+
+def values(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+def test_weights_are_known_with_the_axis_they_are_summed_over():
+    assert prunable(net()) == {"w": 1, "v": 1}
+
+
+def test_two_of_four_are_the_two_largest():
+    weight = np.array([[1, -5, 2, 3, 0, 0, 0, 0, 7], [4, 3, 2, 1, -1, 2, -3, 4, 0]], float)
+    want = [[0, 1, 0, 1, 1, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0, 1, 1, 1]]  # the rest stays whole
+    np.testing.assert_array_equal(n_of_m(weight, 1, 2, 4), np.array(want, bool))
+
+
+def test_n_of_m_holds_along_the_summed_axis_of_every_weight():
+    result, report = sparse(net(), "2:4")
+    for name, axis in prunable(net()).items():
+        parts = np.moveaxis(values(result)[name], axis, -1)
+        counts = (parts.reshape(-1, 4) != 0).sum(1)
+        assert (counts == 2).all()
+    assert report["zeros"] * 2 == report["weights"] == 16 * 8 * 9 + 48
+
+
+@pytest.mark.parametrize("pattern", ["magnitude", "tensor", "block"])
+def test_the_share_goes_and_what_stays_is_larger(pattern):
+    model = net()
+    result, report = sparse(model, pattern, 0.75)
+    assert report["zeros"] / report["weights"] == pytest.approx(0.75, abs=0.01)
+    before, after = values(model), values(result)
+    for name in ("b", "c"):
+        np.testing.assert_array_equal(before[name], after[name])
+    for name in ("w", "v"):
+        kept = after[name] != 0
+        np.testing.assert_array_equal(after[name][kept], before[name][kept])
+        if pattern == "tensor":
+            assert np.abs(before[name][kept]).min() >= np.abs(before[name][~kept]).max()
+        if pattern == "block":
+            runs = np.moveaxis(kept, 1, -1).reshape(-1, 4)
+            assert set(runs.sum(1)) == {0, 4}
+
+
+def test_tensors_of_all_sizes_lose_their_share():
+    _, report = sparse(net(), "magnitude", 0.5)
+    # v is a hundred times larger than w, and still loses about half.
+    shares = {r["tensor"]: r["zeros"] / r["weights"] for r in report["tensors"]}
+    assert 0.3 < shares["v"] < 0.7 and 0.45 < shares["w"] < 0.55
+
+
+def test_the_gain_is_told_as_it_is():
+    result, report = sparse(net(), "magnitude", 0.9)
+    assert report["bytes"][0] == report["bytes"][1] == len(result.SerializeToString())
+    assert report["compressed_bytes"][1] < 0.4 * report["compressed_bytes"][0]
+    assert "no gain in latency" in report["notes"][1]
+    onnx.checker.check_model(result, full_check=True)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "share"),
+    [
+        ("magnitude", 0.0),
+        ("magnitude", 1.0),
+        ("tensor", 1.5),
+        ("4:2", 0.5),
+        ("x", 0.5),
+        ("0:4", 0.5),
+    ],
+)
+def test_bad_patterns_and_shares_are_refused(pattern, share):
+    with pytest.raises(BadInput, match="expected"):
+        sparse(net(), pattern, share)
