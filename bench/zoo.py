@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Int8 against float on small nets of the families that quantizers make slower.
 
-    python bench/zoo.py [NET ...] [--out DIR] [--json]
+    python bench/zoo.py [NET ...] [--out DIR] [--quick] [--json]
 
 Nets come out of torch's exporter with random weights (seed 0) and batch normalisation that has
 seen data, so shapes, operators and ranges are those of the families; accuracy is not. Of each:
@@ -315,7 +315,7 @@ def smooth(count: int, shape: tuple[int, ...]) -> Tensor:
     return 4 * pool(x, kernel, 1, 4) + 0.3 * x  # type: ignore[operator]
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
+def measure(name: str, folder: Path, corrections: bool) -> dict[str, Any]:
     """One row of the table."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "calibration.npz").exists():
@@ -331,6 +331,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     row["simplified"] = cpu_ratio(plain, source, feeds)
     for label, settings in (("rules", {"measure": False}), ("priced", {})):
         begin = time.monotonic()
+        settings = {"corrections": corrections, **settings}
         made, report = stage(quantize, plain, {**tables, "quantize": settings}, folder)
         row[label] = {
             "ratio": cpu_ratio(made, source, feeds),
@@ -369,13 +370,14 @@ def main() -> int:
         "nets", nargs="*", metavar="NET", help=f"of {', '.join(NETS)}; default: all"
     )
     parser.add_argument("--out", type=Path, default=Path("build/zoo"))
+    parser.add_argument("--quick", action="store_true", help="without corrections")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     if unknown := set(asked.nets) - set(NETS):
         parser.error(f"no such net: {', '.join(sorted(unknown))}")
     rows = []
     for name in asked.nets or NETS:
-        row = measure(name, asked.out / name)
+        row = measure(name, asked.out / name, not asked.quick)
         rows.append(row)
         cells = [f"{name:22}", f"simplified {row['simplified']:.2f}"]
         for label in ("rules", "priced"):

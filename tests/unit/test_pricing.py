@@ -172,6 +172,19 @@ def test_only_wide_margins_count() -> None:
     assert pricing.clearly(Price(80, 120, 20), total_us=1000)
     assert not pricing.clearly(Price(80, 114, 20), total_us=1000)  # 1.14 times float
     assert not pricing.clearly(Price(8, 17, 0), total_us=1000)  # 0.9 % of the model
+    assert not pricing.clearly(Price(2, 6, 0), total_us=20)  # too little to be told by the clock
+
+
+def test_small_losers_count_together() -> None:
+    """Totals of 1000 us: 9 us are too little alone; three times that is not."""
+    sessions = [Session([0.0], [1000.0], 0.01)] * 2
+    small = {(k,): [Price(10, 19, 0)] * 2 for k in (3, 4, 5)}
+    prices = {(1,): [Price(10, 60, 0)] * 2, (2,): [Price(10, 90, 0)] * 2, **small}
+    assert pricing.clear_losers(prices, sessions) == ([(2,), (1,)], [(3,), (4,), (5,)])
+    # One alone, or with one session in which it does not lose by the factor.
+    assert pricing.clear_losers({(3,): small[3,]}, sessions) == ([], [])
+    unsure = {g: [Price(10, 19, 0), Price(10, 11, 0)] for g in small}
+    assert pricing.clear_losers(unsure, sessions) == ([], [])
 
 
 def test_neighbours_make_one_region() -> None:

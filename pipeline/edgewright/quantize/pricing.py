@@ -28,13 +28,16 @@ from edgewright.target import Target
 SESSIONS = 2
 MARGIN = 1.15  # a region goes where int8 takes more than this times what float and borders take
 LEAST_SHARE = 0.01  # and where that is more than this share of the int8 model's time
+LEAST_US = 5.0  # nor less than this: the profiler counts whole microseconds
 FASTER = 0.985  # the whole without these regions must take less than this of the time with them
 BORDERS = ("QuantizeLinear", "DequantizeLinear")
 LAYOUT = ("Transpose", "ReorderInput", "ReorderOutput")
 BORDER_US = 0.00015  # of a tensor's element, where the profile shows no border to learn it from
 GAIN_STEP = 0.01  # gains are rounded to this share of all gain: noise must not order regions
 
+FIELDS = ("float_us", "int8_us", "border_us")
 Crossing = Mapping[tuple[int, int], int]
+Group = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,36 @@ def price(group: Sequence[int], session: Session, crossing: Crossing) -> Price:
 def clearly(priced: Price, total_us: float) -> bool:
     """Whether a region loses by so much that another measurement would find the same."""
     in_float = priced.float_us + priced.border_us
-    return priced.int8_us > MARGIN * in_float and priced.lost_us() > LEAST_SHARE * total_us
+    least = max(LEAST_SHARE * total_us, LEAST_US)
+    return priced.int8_us > MARGIN * in_float and priced.lost_us() > least
+
+
+def clear_losers(
+    prices: Mapping[Group, Sequence[Price]], sessions: Sequence[Session]
+) -> tuple[list[Group], list[Group]]:
+    """The regions that clearly lose in each session, the worst first; and the small ones.
+
+    Small ones lose by the same factor and too little each, but clearly all together: the layers
+    of squeeze-and-excite, say.
+    """
+    totals_us = [sum(s.int8s) for s in sessions]
+
+    def clear(of: Sequence[Price]) -> bool:
+        return all(clearly(p, us) for p, us in zip(of, totals_us, strict=True))
+
+    large = [g for g in prices if clear(prices[g])]
+    large.sort(key=lambda g: -sum(p.lost_us() for p in prices[g]))
+    small = [
+        g
+        for g in prices
+        if g not in large
+        if all(p.int8_us > MARGIN * (p.float_us + p.border_us) for p in prices[g])
+    ]
+    sums = [
+        Price(*(sum(getattr(prices[g][k], f) for g in small) for f in FIELDS))
+        for k in range(len(sessions))
+    ]
+    return large, small if small and clear(sums) else []
 
 
 def gains(sessions: Sequence[Session], units: Units) -> dict[str, float]:
@@ -156,15 +188,11 @@ def drop_losers(
             set.intersection(*(losers(s, crossing) for s in sessions)), crossing
         )
         prices = {g: [price(g, s, crossing) for s in sessions] for g in regions}
-        clear = [
-            g
-            for g in regions
-            if all(clearly(p, sum(s.int8s)) for p, s in zip(prices[g], sessions, strict=True))
-        ]
-        clear.sort(key=lambda g: -sum(p.lost_us() for p in prices[g]))
+        large, small = clear_losers(prices, sessions)
         dropped, ratio, changed = settle(
-            ingredients, plan, units, clear, prices, int8_file, feeds, tell
+            ingredients, plan, units, large, small, prices, int8_file, feeds, tell
         )
+    clear = [*large, *small]
     rest = [(u,) for u in range(1, len(units.cores)) if not any(u in g for g in regions)]
     lines: list[dict[str, Any]] = []
     for g in sorted([*regions, *rest]):
@@ -202,19 +230,26 @@ def settle(
     ingredients: Ingredients,
     plan: Placement,
     units: Units,
-    clear: list[tuple[int, ...]],
-    prices: Mapping[tuple[int, ...], list[Price]],
+    large: list[Group],
+    small: list[Group],
+    prices: Mapping[Group, list[Price]],
     int8_file: Path,
     feeds: list[Feed],
     tell: Tell,
-) -> tuple[list[tuple[int, ...]], float | None, Placement]:
-    """Drop all that clearly loses, else the worse half, else the worst, if the whole gains.
+) -> tuple[list[Group], float | None, Placement]:
+    """Drop all that clearly loses, else less of it, if the whole gains.
+
+    Less: without the small ones, the worse half of the large ones, the worst.
 
     Returns the regions dropped, the CPU time left, and the placement.
     """
     ratio: float | None = None
-    sizes = dict.fromkeys((len(clear), -(-len(clear) // 2), 1)) if clear else ()
-    for tried in (clear[:n] for n in sizes):
+    shorter = [large[:n] for n in (len(large), -(-len(large) // 2), 1)]
+    candidates: list[list[Group]] = []
+    for tried in ([*large, *small], *shorter):
+        if tried and tried not in candidates:
+            candidates.append(tried)
+    for tried in candidates:
         changed = plan
         for g in tried:
             us = [(p.float_us + p.border_us, p.int8_us) for p in prices[g]]
@@ -235,9 +270,6 @@ def settle(
 def nodes_in(group: Sequence[int], plan: Placement, units: Units) -> tuple[str, ...]:
     """The int8 nodes of a region."""
     return tuple(n for n in plan.nodes if units.of[n] in group)
-
-
-FIELDS = ("float_us", "int8_us", "border_us")
 
 
 def line(
