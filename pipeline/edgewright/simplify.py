@@ -35,6 +35,7 @@ from edgewright.passes.pads import fold_pads
 from edgewright.passes.pooling import pool_means
 from edgewright.passes.shapes import infer, resolve_shapes
 from edgewright.passes.tables import gather_one_hot, tabulate
+from edgewright.passes.transposes import unwrap_transposes
 from edgewright.runtime.local import open_local
 from edgewright.stage import Job, Report
 
@@ -99,6 +100,7 @@ STEPS: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("folding constants", fold_constants),
     ("shape arithmetic", resolve),
     ("operators without effect", remove_noops),
+    ("transposes in reshapes", unwrap_transposes),
     ("duplicates", merge_duplicates),
     ("limits", unify_clips),
     ("padding into convolutions", fold_pads),

@@ -442,3 +442,42 @@ def test_groups_are_the_same_in_every_run():
     a, b = (between(body, 3, 5, d=(2, 3, 1, 1)) for _ in range(2))
     assert a.groups == b.groups
     assert [g.name for g in a.groups] == ["w", "d"]
+
+
+def test_a_slice_with_computed_bounds_freezes_its_own_axis_only():
+    text = """g (int64[N,S] x) => (float[N,T,2] y) {
+      h = Shape <start=1, end=2> (x)
+      p = Slice (w, z, h, z)
+      e = Gather (u, x)
+      a = Add (e, p)
+      y = MatMul (a, v)
+    }"""
+    model = built(text, w=(9, 3), u=(7, 3), v=(3, 2), z=ints(0))
+    a = analyse(model)
+    assert same(a, ("w", 1), ("u", 1), ("a", 2), ("v", 0)) == "abc"
+    assert see(a, "w", 0) == "........."
+    small, _ = cut(model, a, [2])
+    x = np.array([[3, 1, 4, 1]])
+    stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    want = (stored["u"][x] + stored["w"][:4])[..., [0, 2]] @ stored["v"][[0, 2]]
+    got = open_local(small.SerializeToString()).run({"x": x})[0]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_first_states_of_zeros_tie_no_layers():
+    text = """g (float[5,N,3] x) => (float[5,1,N,2] y) {
+      n = Shape <start=1, end=2> (x)
+      t = Concat <axis=0> (o, n, k)
+      s = Expand (z, t)
+      a, c = GRU <hidden_size=4> (x, w, r, "", "", s)
+      b = Squeeze (a, o)
+      y, d = GRU <hidden_size=2> (b, u, q, "", "", f)
+    }""".replace('""', "")
+    shapes = {"w": (1, 12, 3), "r": (1, 12, 4), "u": (1, 6, 4), "q": (1, 6, 2)}
+    zeros = {"z": np.zeros((1, 1, 4), np.float32), "f": np.zeros((1, 1, 2), np.float32)}
+    model = built(text, **shapes, **zeros, o=ints(1), k=ints(4))
+    free = untie(model)
+    assert [n.op_type for n in free.graph.node] == ["GRU", "Squeeze", "GRU"]
+    x = {"x": np.random.default_rng(0).normal(size=(5, 1, 3)).astype(np.float32)}
+    a, b = (open_local(m.SerializeToString()).run(x)[0] for m in (model, free))
+    np.testing.assert_array_equal(a, b)

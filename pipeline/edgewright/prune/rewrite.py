@@ -152,9 +152,12 @@ def slice_(sizes: Sizes, node: onnx.NodeProto) -> None:
     """Bounds counted among what is left; all operands written anew, in one type."""
     x = node.input[0]
     rank = len(sizes.lengths[x])
+    lost = {axis for name, axis in sizes.kept if name == x}
     old = [_numbers(sizes, node, name, k + 1) for k, name in enumerate(("starts", "ends"))]
-    axes = _numbers(sizes, node, "axes", 3) or list(range(len(old[0])))
+    axes = _numbers(sizes, node, "axes", 3) or list(range(len(old[0] or old[1])))
     steps = _numbers(sizes, node, "steps", 4) or [1] * len(axes)
+    if not lost & {axis % rank for axis in axes}:
+        return
     starts, ends = list(old[0]), list(old[1])
     for k, axis in enumerate(axes):
         place = axis % rank

@@ -45,38 +45,35 @@ def split(ax: Axes, node: onnx.NodeProto) -> None:
         ax.same(xs[axis], np.concatenate([ys[axis] for ys in parts]))
 
 
-def slice_bounds(ax: Axes, node: onnx.NodeProto) -> dict[int, slice] | None:
-    """Axis -> slice, None where any of it is computed."""
+def slice_bounds(ax: Axes, node: onnx.NodeProto) -> dict[int, slice | None] | None:
+    """Axis -> slice, None for bounds that are computed; None where even the axes are."""
     rank = len(ax.axes(node.input[0]))
     starts, ends = numbers(ax, node, "starts", 1), numbers(ax, node, "ends", 2)
     places, steps = numbers(ax, node, "axes", 3), numbers(ax, node, "steps", 4)
-    if not starts or not ends or places is None or steps is None:
+    count = len(starts or ends or places or ())
+    if places is None or not count:
         return None
-    places = places or list(range(len(starts)))
-    steps = steps or [1] * len(starts)
-    found = {}
-    for start, end, place, step in zip(starts, ends, places, steps, strict=True):
-        size = ax.shapes[node.input[0]][place % rank]
-        # Going backwards, an end below -size means "before the first".
-        stop: int | None = end
-        if step < 0 and isinstance(size, int) and end < -size:
-            stop = None
-        found[place % rank] = slice(start, stop, step)
+    places = [k % rank for k in places] or list(range(count))
+    if not starts or not ends or steps is None:
+        return dict.fromkeys(places)
+    found: dict[int, slice | None] = {}
+    for start, end, place, step in zip(starts, ends, places, steps or [1] * count, strict=True):
+        found[place] = slice(start, end, step)
     return found
 
 
 def slice_(ax: Axes, node: onnx.NodeProto) -> None:
+    """Steps other than 1 and computed bounds freeze their axis."""
     xs, ys = ax.axes(node.input[0]), ax.axes(node.output[0])
     bounds = slice_bounds(ax, node)
     if bounds is None:
-        return ax.refuse(node, "the bounds are computed")
+        return ax.refuse(node, "the axes it cuts are computed")
     for k, (a, b) in enumerate(zip(xs, ys, strict=True)):
+        where = bounds.get(k)
         if k not in bounds:
             ax.same(a, b)
-        elif bounds[k].step == 1 and len(a[bounds[k]]) == len(b):
-            ax.tie(a[bounds[k]], b)
-            if len(b) == 1:
-                ax.freeze(a[bounds[k]])
+        elif where is not None and where.step == 1 and len(a[where]) == len(b):
+            ax.tie(a[where], b)
         else:
             ax.freeze(a, b)
     return None

@@ -4,12 +4,13 @@ Files store equal tensors once: the ones of two fresh normalisations, a bias of 
 analysis one stored tensor is one set of indices, and all its readers would lose the same units.
 Vectors (one axis longer than 1) and tensors of one value all over, such as first states, are
 copied for each reading operand; other tensors that are shared stay tied, as they were meant.
-`share` joins equal tensors again.
+`share` joins equal tensors again. First states that are computed, but zero, are left out: that
+is what an operator without them starts from.
 """
 
 import onnx
 
-from edgewright.model import all_graphs, array, initializers
+from edgewright.model import all_graphs, array, initializers, reads
 
 MAX_FILLED = 1 << 16  # values of a tensor that is copied because all are equal
 
@@ -25,6 +26,7 @@ def untie(model: onnx.ModelProto) -> onnx.ModelProto:
     held = {v.name for v in graph.output}
     held |= {name for g in list(all_graphs(graph))[1:] for n in g.node for name in n.input}
     seen: set[str] = set()
+    forget_zero_states(graph)
     for node in graph.node:
         for k, name in enumerate(node.input):
             tensor = stored.get(name)
@@ -42,6 +44,32 @@ def untie(model: onnx.ModelProto) -> onnx.ModelProto:
             taken.add(copy.name)
             node.input[k] = copy.name
     return result
+
+
+def forget_zero_states(graph: onnx.GraphProto) -> None:
+    """Drop first states of recurrent nodes that only repeat stored zeros, and what made them."""
+    stored = initializers(graph)
+    maker = {o: n for n in graph.node for o in n.output if o}
+
+    def zero(name: str) -> bool:
+        node = maker.get(name)
+        if node is not None and node.op_type in ("Expand", "Reshape", "Tile", "Unsqueeze"):
+            return zero(node.input[0])
+        return name in stored and not array(stored[name]).any()
+
+    for node in graph.node:
+        if node.op_type in ("LSTM", "GRU", "RNN"):
+            for k in (5, 6):
+                if k < len(node.input) and node.input[k] and zero(node.input[k]):
+                    node.input[k] = ""
+    outputs = {v.name for v in graph.output}
+    while True:
+        read = {name for node in graph.node for name in reads(node)} | outputs
+        dead = [n for n in graph.node if not any(o in read for o in n.output)]
+        if not dead:
+            break
+        for node in dead:
+            graph.node.remove(node)
 
 
 def is_plain(tensor: onnx.TensorProto) -> bool:
