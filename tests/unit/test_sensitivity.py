@@ -10,7 +10,7 @@ from edgewright.model import initializers
 from edgewright.prune.criteria import scores
 from edgewright.prune.labels import analyse
 from edgewright.prune.obs import Reader, taken_over
-from edgewright.prune.sensitivity import difference
+from edgewright.prune.sensitivity import difference, rescale
 from edgewright.recover.channelwise import Spread, apply, find_channelwise, refit
 from edgewright.recover.compensate import compensate
 from edgewright.stage import say_nothing
@@ -61,6 +61,17 @@ def test_the_others_take_over_what_they_can() -> None:
     # The ridge of 1e-3 of the mean variance shrinks a little.
     np.testing.assert_allclose(matrix, [[1, 0, 0], [0, 1, 0], [1, 2, 0]], atol=0.01)
     np.testing.assert_allclose(offset, [0, 0, 3], atol=0.01)
+
+
+def test_scores_add_up_to_the_damage_and_never_fall() -> None:
+    found = {5: 1.0, 3: 1.0, 9: 2.0, 7: 4.0}
+    # Two units cost 0.1 together, three 0.5; the last one is scaled as the one before it.
+    rescale([5, 3, 9, 7], [2, 3], [0.1, 0.5], found)
+    assert found == pytest.approx({5: 0.05, 3: 0.05, 9: 0.4, 7: 0.8})
+    # A measured damage that falls (noise) leaves the later ones at least as dear.
+    found = {1: 1.0, 2: 1.0, 3: 1.0}
+    rescale([1, 2, 3], [1, 2], [0.3, 0.2], found)
+    assert found == pytest.approx({1: 0.3, 2: 0.3, 3: 0.3})
 
 
 def test_difference_by_hand() -> None:

@@ -1,10 +1,10 @@
-"""What a loss inside costs at the model's outputs: one factor per group, measured.
+"""What a loss inside costs at the model's outputs: measured, group by group.
 
 `obs` knows what the layers that read a group lose, each relative to its own output. How much of
 that reaches the outputs differs by orders of magnitude between an early layer and a branch beside a
-strong residual. So from every group the least important quarter is taken away by itself, the layers
-that read it make up for it (weights only, the graph stays as it is), and the error of the model's
-outputs over a few samples held out gives the group's factor.
+strong residual. So from every group some parts, least important first, are taken away by
+themselves, the layers that read it make up for it (weights only, the graph stays as it is), and
+the error of the outputs over a few samples held out scales the group's scores.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ from edgewright.runtime.local import open_local
 from edgewright.stage import Tell
 
 SAMPLES = 8  # spread over the calibration data
-PART = 0.25  # of a group's units taken away for the measurement
+PARTS = (0.15, 0.35, 0.65)  # of a group's units taken away for a measurement
 
 
 def weigh(
@@ -35,33 +35,59 @@ def weigh(
 ) -> None:
     """Scale the scores of each group, in place, so that they add up to the measured damage.
 
-    probe: samples that the readers' moments do not know; on others too small a damage would show.
-
-    model: with a bias wherever the readers' layers can have one; left as it was. Models without
-    a float output keep their scores.
+    model: with a bias wherever the readers' layers can have one; left as it was. probe: samples
+    that the readers' moments do not know; on others too small a damage would show. Models
+    without a float output keep their scores.
     """
     truth = outputs(model, probe)
     if not any(np.size(v) for v in truth[0]):
         return
-    stored = initializers(model.graph)
     for k, group in enumerate(groups):
         if any(u not in scores for u in group.units):
             continue
         tell("measuring sensitivity", k, len(groups))
         order = sorted(group.units, key=lambda u: (scores[u], u))
-        gone = order[: max(1, round(PART * len(order)))]
-        before: dict[str, bytes] = {}
-        for reader in readers:
-            mask = np.isin(reader.labels, gone)
-            if mask.any():
-                silence(stored, reader, mask, before)
-        damage = difference(truth, outputs(model, probe))
-        for name, data in before.items():
-            stored[name].ParseFromString(data)
-        predicted = sum(scores[u] for u in gone)
-        if predicted > 0:
-            for unit in group.units:
-                scores[unit] *= damage / predicted
+        levels = sorted({max(1, round(part * len(order))) for part in PARTS} - {len(order)})
+        damages = [damage(model, readers, order[:n], truth, probe) for n in levels]
+        rescale(order, levels, damages, scores)
+
+
+def rescale(
+    order: list[int], levels: list[int], damages: list[float], scores: dict[int, float]
+) -> None:
+    """Scale the scores between two levels so that they add up to what the damage grows by there;
+    never falling in the given order."""
+    start, before, factor, floor = 0, 0.0, 1.0, 0.0
+    for end, now in zip([*levels, len(order)], [*damages, None], strict=True):
+        part = order[start:end]
+        total = sum(scores[u] for u in part)
+        if now is not None and total > 0:
+            factor = max(now - before, 0.0) / total
+            before = max(now, before)
+        for unit in part:
+            floor = max(floor, scores[unit] * factor)
+            scores[unit] = floor
+        start = end
+
+
+def damage(
+    model: onnx.ModelProto,
+    readers: Sequence[Reader],
+    gone: list[int],
+    truth: list[list[np.ndarray]],
+    probe: Sequence[Feed],
+) -> float:
+    """The error of the outputs without some units, those that read them having made up for it."""
+    stored = initializers(model.graph)
+    before: dict[str, bytes] = {}
+    for reader in readers:
+        mask = np.isin(reader.labels, gone)
+        if mask.any():
+            silence(stored, reader, mask, before)
+    found = difference(truth, outputs(model, probe))
+    for name, data in before.items():
+        stored[name].ParseFromString(data)
+    return found
 
 
 def held_out(feeds: Callable[[], Iterable[Feed]]) -> int:

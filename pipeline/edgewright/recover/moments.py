@@ -13,7 +13,7 @@ import numpy as np
 
 # Ridge per mean variance of a channel of z. Facts: 1e-3 fits convolutional nets with thousands
 # of places; few samples want more, an exact linear relation wants less.
-STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
+STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, np.inf)
 START = 2
 LARGEST = (
     10.0  # part of a map, in standard deviations, above which it fits noise (Kwon, 2204.09656)
