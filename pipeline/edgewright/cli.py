@@ -204,6 +204,62 @@ def build(
     return code
 
 
+@cli.command()
+@click.argument("recipe_path", metavar="RECIPE", type=PATH)
+@click.option("--target", "target_name", required=True, help="One target.")
+@click.option("--budgets", default="0.9,0.75,0.6,0.45", show_default=True, help="Shares to try.")
+@click.option("--out", type=PATH, help="Folder of the results. Default: build/NAME-sweep.")
+@options("json")
+def sweep(
+    recipe_path: Path, target_name: str, budgets: str, out: Path | None, as_json: bool
+) -> None:
+    """Build RECIPE at several pruning budgets and draw the metric against latency and size.
+
+    The budget's kind and all other settings are those of the recipe's [prune]; without one it
+    is a share of the multiply-accumulates, with compensation. Finished builds are kept: the
+    same command goes on where it was stopped.
+
+    \b
+    edgewright sweep recipe.toml --target cpu --budgets 0.8,0.6,0.4
+    """
+    from edgewright import console
+    from edgewright.report import sweep as ladders
+
+    try:
+        shares = sorted({float(part) for part in budgets.split(",")}, reverse=True)
+    except ValueError:
+        raise UsageError("--budgets", expected="numbers like 0.8,0.6,0.4", found=budgets) from None
+    recipe, target = settings(recipe_path, target_name)
+    out = out or Path("build") / f"{recipe.model.name}-sweep"
+    table = {"budget": {"macs": 0.5}, **recipe.raw.get("prune", {})}
+    of = next(iter(table["budget"]))
+    rest = {k: v for k, v in recipe.raw.items() if k != "prune"}
+    if "prune" not in recipe.raw:
+        rest.setdefault("recover", {})
+    # All are read before the first is built: a budget that cannot be must not wait for an hour.
+    recipes: list[tuple[float | None, Recipe]] = [
+        (None, parse_recipe({k: v for k, v in rest.items() if k != "recover"}, recipe.folder))
+    ]
+    for share in shares:
+        raw = {**rest, "prune": {**table, "budget": {of: share}}}
+        recipes.append((share, parse_recipe(raw, recipe.folder, str(recipe_path))))
+    ladder = []
+    cache = open_cache(os.environ)
+    for budget, one in recipes:
+        name = "whole" if budget is None else f"{budget:g}"
+        console.stderr.print(f"budget {name}", style="bold")
+        ladder.append(ladders.row(budget, build_one(one, target, out / name, cache, None)))
+    text = ladders.page(recipe.model.name, target.name, of, ladder)
+    write_atomic(out / f"sweep-{target.name}.html", text.encode())
+    found = {"target": target.name, "budget_of": of, "builds": ladder}
+    write_atomic(out / f"sweep-{target.name}.json", (json.dumps(found, indent=1) + "\n").encode())
+    if as_json:
+        emit_json(found)
+    else:
+        emit_table([ladders.HEADS, *(ladders.cells(one) for one in ladder)])
+        say(f"page: {out / f'sweep-{target.name}.html'}")
+
+
 def build_one(
     recipe: Recipe, target: Target, out: Path, cache: Cache | None, baseline: Path | None
 ) -> dict[str, Any]:
