@@ -266,7 +266,9 @@ class Line:
             kept = cache.lookup(key, lambda text: self.note(stage, text))
             if kept is not None:
                 return self.settle(stage, kept.folder, kept.digests, cached=True)
-            made = self.make(stage)
+            unfinished = cache.unfinished(key)
+            made = self.make(stage, unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)
             if self.key(stage) != key:
                 raise BadInput(
                     f"a file that the recipe names changed while stage {stage} was at work",
@@ -304,7 +306,7 @@ class Line:
         made = {one.model: one.digests[MODEL] for one in self.done.values() if one.model}
         return made.get(path) or sha256_of(path)
 
-    def make(self, stage: str) -> Path:
+    def make(self, stage: str, unfinished: Path | None = None) -> Path:
         """Do the stage's work; the scratch folder that holds its files and report."""
         folder = self.work / stage
         folder.mkdir()
@@ -313,13 +315,19 @@ class Line:
         if stage.startswith("baseline"):
             report = self.child(stage, thresholds(self.recipe), reports)
         else:
-            report = self.child(stage, self.recipe, reports)
+            report = self.child(stage, self.recipe, reports, unfinished)
         if stage == "gate" and self.baseline is not None:
             report = merged(report, self.against_baseline())
         (folder / REPORT).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", "utf-8")
         return folder
 
-    def child(self, stage: str, recipe: Recipe, reports: dict[str, Report]) -> Report:
+    def child(
+        self,
+        stage: str,
+        recipe: Recipe,
+        reports: dict[str, Report],
+        unfinished: Path | None = None,
+    ) -> Report:
         """Run the stage's module in a child; its report."""
         models = self.models(stage)
         job = Job(
@@ -329,6 +337,7 @@ class Line:
             model=models.pop("previous", None),
             models=models,
             reports=reports,
+            unfinished=unfinished,
         )
 
         def tell(text: str, done: int, total: int) -> None:

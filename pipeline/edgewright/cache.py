@@ -54,6 +54,10 @@ class Cache:
         """Where the entry of a key is, whether it exists or not."""
         return self.folder / key[:2] / key
 
+    def unfinished(self, key: str) -> Path:
+        """Where a stage may leave work to go on with after it was killed."""
+        return self.folder / "unfinished" / key
+
     def locked(self, key: str, busy: Note) -> AbstractContextManager[None]:
         """Hold the lock of a key; `busy` is told the process that has it, then it is waited for."""
         return locked(self.folder / "locks" / key, busy)
@@ -159,6 +163,9 @@ class Cache:
         rows = [row for row in self.entries() if not self.in_use(row[2].name)]
         for _, _, folder in rows:
             self.remove(folder)
+        for left in (self.folder / "unfinished").glob("*"):
+            if not self.in_use(left.name):
+                shutil.rmtree(left, ignore_errors=True)
         self.tidy()
         return len(rows), sum(size for _, size, _ in rows)
 

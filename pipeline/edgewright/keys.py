@@ -40,8 +40,10 @@ def code_digest() -> str:
 
 
 def versions(recipe: Recipe) -> dict[str, str]:
-    """Versions of what computes; torch only where the recipe's model is made by it."""
-    names = [*PACKAGES, *(["torch"] if ".py:" in recipe.model.source else [])]
+    """Versions of what computes; torch only where the model is made or trained by it."""
+    trains = recipe.recover is not None and recipe.recover.method == "distill"
+    trains = trains or (recipe.prune is not None and recipe.prune.criterion == "taylor")
+    names = [*PACKAGES, *(["torch"] if trains or ".py:" in recipe.model.source else [])]
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in names:
         try:
@@ -68,7 +70,13 @@ FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
         ),
     ],
     "prune": lambda recipe, _: asdict(recipe.prune) if recipe.prune else None,
-    "recover": lambda recipe, _: asdict(recipe.recover) if recipe.recover else None,
+    "recover": lambda recipe, _: (
+        [asdict(recipe.recover), content(recipe, recipe.recover.labels)]
+        if recipe.recover and recipe.recover.labels
+        else asdict(recipe.recover)
+        if recipe.recover
+        else None
+    ),
     "share": lambda recipe, _: asdict(recipe.share) if recipe.share else None,
     # How many processes work on it does not show in the result.
     "quantize": lambda recipe, _: asdict(replace(recipe.quantize, processes=0)),

@@ -119,15 +119,53 @@ class PruneSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """[recover.distill]: how the pruned model learns from the original.
+
+    steps, minutes, rate, patience, seed: see `recover.training.Schedule`. batch: samples of a step.
+    outputs: how outputs are compared: "auto" (by the node that makes them), "soft" (all are
+    logits over the last axis) or "value" (squared error). temperature: softens distributions
+    of outputs (N, classes); longer outputs, such as CTC's, are compared at 1. soft, feature,
+    attention: weights of the losses. hard: weight of the true labels where they are given, at
+    most 0.3, taken from the others. features: names of tensors for the feature loss; empty:
+    the one before the last pooling. mix: trains on mixtures of two samples as well, for inputs
+    that are float32. keep_zeros: weights that are zero stay zero. samples: kept in memory.
+    threads: of the training; the result's last bits depend on their number.
+    """
+
+    steps: int = 300
+    minutes: float = 0.0
+    rate: float = 0.0
+    patience: int = 8
+    batch: int = 16
+    seed: int = 0
+    outputs: Literal["auto", "soft", "value"] = "auto"
+    temperature: float = 2.0
+    soft: float = 1.0
+    feature: float = 0.5
+    attention: float = 0.0
+    hard: float = 0.0
+    features: tuple[str, ...] = ()
+    mix: bool = True
+    keep_zeros: bool = False
+    samples: int = 1024
+    threads: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecoverSettings:
     """[recover]: how a pruned model gets back what it lost. Absent: not at all.
 
-    method: compensate = least squares from calibration inputs, no labels, no torch. samples:
-    calibration samples to read for it.
+    method: compensate = least squares from calibration inputs, no labels, no torch; distill =
+    that, then training by the original's own answers on the same inputs (needs torch). samples:
+    calibration samples to read for the first. labels: an .npy of whole numbers, one for each
+    calibration sample, read only where `distill.hard` is above 0.
     """
 
-    method: Literal["compensate"] = "compensate"
+    method: Literal["compensate", "distill"] = "compensate"
     samples: int = 64
+    labels: str = ""
+    distill: Distillation = Distillation()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +276,11 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             f"{where}: recover.samples",
             expected="at least 2",
             found=str(recipe.recover.samples),
+        )
+    if recipe.recover is not None and recipe.recover.distill.hard > 0 and not recipe.recover.labels:
+        raise BadInput(
+            f"{where}: recover.distill.hard without recover.labels",
+            hint="name an .npy with one whole number for each calibration sample",
         )
     if recipe.share is not None:
         entries = recipe.share.codebook

@@ -51,7 +51,8 @@ class Job:
 
     recipe, target: the settings. folder: where the stage writes; empty at the start.
     model: the model of the stage before, None for the first. models: model files of the
-    finished stages by stage name. reports: their reports by stage name.
+    finished stages by stage name. reports: their reports by stage name. unfinished: a folder
+    that outlives a killed stage and is handed to the same work again; None where nothing is kept.
     """
 
     recipe: Recipe
@@ -60,6 +61,7 @@ class Job:
     model: Path | None = None
     models: dict[str, Path] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
+    unfinished: Path | None = None
     tell: Tell = say_nothing
 
     def input_model(self) -> Path:
@@ -87,6 +89,7 @@ def run_in_child(stage: str, job: Job, tell: Callable[[str, int, int], None]) ->
         "model": str(job.model) if job.model else None,
         "models": {k: str(v) for k, v in job.models.items()},
         "reports": job.reports,
+        "unfinished": str(job.unfinished) if job.unfinished else None,
         "parent": os.getpid(),
     }
     begin = time.monotonic()
@@ -210,6 +213,7 @@ def child_main() -> int:
                 model=Path(request["model"]) if request["model"] else None,
                 models={k: Path(v) for k, v in request["models"].items()},
                 reports=request["reports"],
+                unfinished=Path(request["unfinished"]) if request["unfinished"] else None,
                 tell=lambda text, done=0, total=0: say(
                     {"progress": text, "done": done, "total": total}
                 ),

@@ -95,3 +95,33 @@ def test_recover_refuses_another_original(edgewright, tmp_path: Path) -> None:
     words[3] = recipe.parent / "model.onnx"
     ran = edgewright(*words, "--json")
     assert ran.code == 0 and ran.json["recover"]["layers"]
+
+
+def test_distillation_learns_from_the_original(edgewright, tmp_path: Path) -> None:
+    table = """
+[prune]
+budget = { macs = 0.3 }
+multiple = 2
+[recover]
+method = "distill"
+samples = 40
+[recover.distill]
+steps = 30
+rate = 1e-3
+"""
+    recipe = write_tiny(tmp_path / "r", RECIPE + table)
+    simple, pruned, out = (tmp_path / f"{name}.onnx" for name in ("simple", "pruned", "out"))
+    shared = ("--recipe", recipe, "--json")
+    assert edgewright("simplify", recipe.with_name("model.onnx"), *shared, "-o", simple).code == 0
+    assert edgewright("prune", simple, *shared, "-o", pruned).code == 0
+    ran = edgewright("recover", pruned, "--original", simple, *shared, "-o", out)
+    assert ran.code == 0, ran.err
+    found = ran.json["recover"]["distillation"]
+    assert found["steps"] == 30 and found["losses"]
+    assert found["best"]["distance"] < found["start"]["distance"]
+    again = tmp_path / "again.onnx"
+    assert edgewright("recover", pruned, "--original", simple, *shared, "-o", again).code == 0
+    assert out.read_bytes() == again.read_bytes()
+    recipe.write_text(recipe.read_text() + "hard = 0.2\n")
+    ran = edgewright("recover", pruned, "--original", simple, *shared, "-o", again)
+    assert ran.code == 3 and "recover.labels" in ran.err

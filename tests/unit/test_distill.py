@@ -17,11 +17,11 @@ from edgewright.runtime.local import open_local
 torch = pytest.importorskip("torch")
 datasets = pytest.importorskip("sklearn.datasets")
 
+from edgewright.recipe import Distillation  # noqa: E402
 from edgewright.recover import losses, training  # noqa: E402
 from edgewright.recover.batches import Wrapped  # noqa: E402
 from edgewright.recover.distill import distill  # noqa: E402
 from edgewright.recover.executor import to_module  # noqa: E402
-from edgewright.recover.lesson import Distillation  # noqa: E402
 from edgewright.recover.losses import Target, find_target, output_loss  # noqa: E402
 
 HIDDEN, LEFT = 48, 8
@@ -146,7 +146,7 @@ TRAINING = """
 import sys, onnx, numpy as np
 from pathlib import Path
 from edgewright.recover.distill import distill
-from edgewright.recover.lesson import Distillation
+from edgewright.recipe import Distillation
 folder = Path(sys.argv[1])
 x = np.load(folder / "x.npy")
 student = onnx.load(folder / "student.onnx")

@@ -11,9 +11,10 @@ import onnx
 import torch
 
 from edgewright.data import Feed
+from edgewright.recipe import Distillation
 from edgewright.recover.batches import Student, Teacher, digest_of, take_samples
 from edgewright.recover.executor import to_module
-from edgewright.recover.lesson import Distillation, Lesson, make_lesson
+from edgewright.recover.lesson import Lesson, make_lesson
 from edgewright.recover.training import Outcome, Schedule, fit, repeatable
 from edgewright.stage import Tell, say_nothing
 

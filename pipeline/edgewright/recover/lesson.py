@@ -10,6 +10,7 @@ import torch
 
 from edgewright.data import Feed
 from edgewright.errors import BadInput
+from edgewright.recipe import Distillation
 from edgewright.recover import losses
 from edgewright.recover.batches import HOLD, Pair, Student, Teacher, rows_of_step, runtime_teacher
 from edgewright.recover.losses import Target
@@ -17,40 +18,6 @@ from edgewright.recover.ops import Tensor
 from edgewright.recover.training import Score
 
 MOST_HARD = 0.3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distillation:
-    """How the student learns.
-
-    steps, minutes, rate, patience, seed: see `training.Schedule`. batch: samples of a step.
-    outputs: how outputs are compared: "auto" (by the node that makes them), "soft" (all are
-    logits over the last axis) or "value" (squared error). temperature: softens distributions
-    of outputs (N, classes); longer outputs, such as CTC's, are compared at 1. soft, feature,
-    attention: weights of the losses. hard: weight of the true labels where they are given, at
-    most 0.3, taken from the others. features: names of tensors for the feature loss; empty:
-    the one before the last pooling. mix: trains on mixtures of two samples as well, for inputs
-    that are float32. keep_zeros: weights that are zero stay zero. samples: kept in memory.
-    threads: of the training; the result's last bits depend on their number.
-    """
-
-    steps: int = 300
-    minutes: float = 0.0
-    rate: float = 0.0
-    patience: int = 8
-    batch: int = 16
-    seed: int = 0
-    outputs: Literal["auto", "soft", "value"] = "auto"
-    temperature: float = 2.0
-    soft: float = 1.0
-    feature: float = 0.5
-    attention: float = 0.0
-    hard: float = 0.0
-    features: tuple[str, ...] = ()
-    mix: bool = True
-    keep_zeros: bool = False
-    samples: int = 1024
-    threads: int = 2
 
 
 def check_settings(settings: Distillation) -> None:
