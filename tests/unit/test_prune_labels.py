@@ -468,14 +468,15 @@ def test_first_states_of_zeros_tie_no_layers():
     text = """g (float[5,N,3] x) => (float[5,1,N,2] y) {
       n = Shape <start=1, end=2> (x)
       t = Concat <axis=0> (o, n, k)
-      s = Expand (z, t)
+      m = Expand (z, t)
+      s = Slice (m, i, o, i)
       a, c = GRU <hidden_size=4> (x, w, r, "", "", s)
       b = Squeeze (a, o)
       y, d = GRU <hidden_size=2> (b, u, q, "", "", f)
     }""".replace('""', "")
     shapes = {"w": (1, 12, 3), "r": (1, 12, 4), "u": (1, 6, 4), "q": (1, 6, 2)}
     zeros = {"z": np.zeros((1, 1, 4), np.float32), "f": np.zeros((1, 1, 2), np.float32)}
-    model = built(text, **shapes, **zeros, o=ints(1), k=ints(4))
+    model = built(text, **shapes, **zeros, o=ints(1), k=ints(4), i=ints(0))
     free = untie(model)
     assert [n.op_type for n in free.graph.node] == ["GRU", "Squeeze", "GRU"]
     x = {"x": np.random.default_rng(0).normal(size=(5, 1, 3)).astype(np.float32)}

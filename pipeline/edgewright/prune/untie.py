@@ -12,6 +12,7 @@ import onnx
 
 from edgewright.model import all_graphs, array, initializers, reads
 
+MOVES = ("Expand", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze")
 MAX_FILLED = 1 << 16  # values of a tensor that is copied because all are equal
 
 
@@ -53,8 +54,10 @@ def forget_zero_states(graph: onnx.GraphProto) -> None:
 
     def zero(name: str) -> bool:
         node = maker.get(name)
-        if node is not None and node.op_type in ("Expand", "Reshape", "Tile", "Unsqueeze"):
+        if node is not None and node.op_type in MOVES:
             return zero(node.input[0])
+        if node is not None and node.op_type == "ConstantOfShape":
+            return not any(array(a.t).any() for a in node.attribute)
         return name in stored and not array(stored[name]).any()
 
     for node in graph.node:
