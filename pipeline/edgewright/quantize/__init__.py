@@ -16,7 +16,7 @@ import onnx.version_converter
 from edgewright import model as graph
 from edgewright.data import Feed, samples
 from edgewright.errors import BadInput
-from edgewright.metric import Metric, has_metric
+from edgewright.metric import retention
 from edgewright.quantize import (
     audit,
     build,
@@ -34,9 +34,9 @@ from edgewright.quantize.lstm import lstms, why_float, write_dynamic_lstm
 from edgewright.quantize.refine import smoothed
 from edgewright.quantize.response import responses
 from edgewright.quantize.rewrite import rewritten
+from edgewright.quantize.twin import unsigned_twin
 from edgewright.quantize.unfit import refuse_outliers, without_empty
 from edgewright.runtime.launch import launch_for
-from edgewright.runtime.local import open_local
 from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report
 
@@ -215,21 +215,11 @@ def does_not_pay(ratio: float) -> str:
 
 
 def metric_of(job: Job, source: Path) -> Callable[[onnx.ModelProto], float] | None:
-    """A function: share of the original's metric that a model keeps; None without a metric."""
-    if not has_metric(job.recipe) or not job.recipe.gate.min_retained:
+    """A function: share of the float model's metric that a model keeps; None without a metric."""
+    kept = retention(job.recipe, source, job.tell)
+    if kept is None or not job.recipe.gate.min_retained:
         return None
-    metric = Metric(job.recipe)
-    original: list[float] = []
-
-    def retained(model: onnx.ModelProto) -> float:
-        if not original:
-            job.tell("metric of the float model")
-            original.append(metric.score(open_local(source, threads=2).run))
-        job.tell("metric of the int8 model")
-        score = metric.score(open_local(model.SerializeToString(), threads=2).run)
-        return metric.retained(score, original[0])
-
-    return retained
+    return lambda model: kept(unsigned_twin(model))
 
 
 def dynamic_lstms(

@@ -13,6 +13,7 @@ import onnx
 
 from edgewright.data import Feed
 from edgewright.model import reads
+from edgewright.quantize.twin import unsigned_twin
 from edgewright.runtime.local import open_local
 from edgewright.taps import expose
 
@@ -42,6 +43,7 @@ def values_of(
     model: onnx.ModelProto, tensors: list[str], feeds: Iterable[Feed]
 ) -> list[list[np.ndarray]]:
     """The named tensors of the model for each feed, as their readers see them."""
+    model = unsigned_twin(model)
     inputs = {v.name for v in model.graph.input}
     seen = {name: behind_pair(model, name) for name in tensors if name not in inputs}
     places = list(seen.values())
