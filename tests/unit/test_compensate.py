@@ -244,6 +244,17 @@ def test_fit_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(found.offset, [0, 0])
 
 
+def test_what_is_not_finite_teaches_nothing() -> None:
+    moments = Moments()
+    for k in range(4):
+        x = normal(3, 9, seed=k)
+        x[2, k] = np.inf if k == 1 else 0
+        moments.add(x, x[:2])
+    found = fit(moments, np.arange(2), np.ones(3), True)
+    assert found.reason == "its input is not finite"
+    np.testing.assert_array_equal(found.matrix, np.eye(3)[:, :2])
+
+
 def test_the_ladder_is_walked_downhill() -> None:
     ladder = (1.0, 2.0, 3.0, 4.0, 5.0)
     for lowest in ladder:

@@ -125,6 +125,8 @@ def fit(moments: Moments, kept: np.ndarray, importance: np.ndarray, intercept: b
     plain = np.zeros((old, new))
     plain[kept, np.arange(new)] = 1.0
     nothing = np.zeros(old)
+    if not all(np.isfinite(v).all() for h in moments.halves for v in (h.zz, h.xz, h.xx)):
+        return Fit(plain, nothing, np.inf, 1.0, 1.0, "its input is not finite")
     if moments.samples < 2:
         return Fit(plain, nothing, np.inf, 1.0, 1.0, "too few samples: one half must judge")
     halves = [centred(h, moments, intercept) for h in moments.halves]
