@@ -54,6 +54,11 @@ class Moments:
         Summed around the first sample's mean: around zero, in float32, a mean far from zero
         would swallow the variance.
         """
+        with np.errstate(invalid="ignore", over="ignore"):  # `fit` refuses what is not finite
+            self.sum_up(x, z)
+
+    def sum_up(self, x: np.ndarray, z: np.ndarray) -> None:
+        """Add the sums of one sample."""
         if self.samples == 0:
             self.origin_x = x.mean(axis=1, dtype=np.float64)
             self.origin_z = z.mean(axis=1, dtype=np.float64)
