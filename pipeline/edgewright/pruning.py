@@ -22,6 +22,7 @@ from edgewright.prune.cut import cut
 from edgewright.prune.labels import Analysis, analyse
 from edgewright.prune.marks import mark
 from edgewright.prune.select import Selection, for_latency, select
+from edgewright.prune.untie import untie
 from edgewright.recipe import PruneSettings
 from edgewright.recover.compensate import compensate
 from edgewright.runtime.timing import cpu_ratio
@@ -48,7 +49,7 @@ def run(job: Job) -> Report:
     settings = job.recipe.prune
     if settings is None:
         raise BadInput("the recipe has no [prune]", hint="add [prune] with budget = { macs = 0.7 }")
-    model = graph.load(job.input_model())
+    model = untie(graph.load(job.input_model()))
     graph.name_nodes(model)
     analysis = without_excluded(analyse(model), settings)
     name, share = settings.budget.named()

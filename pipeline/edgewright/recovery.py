@@ -15,6 +15,7 @@ from edgewright.errors import BadInput, EnvironmentMissing
 from edgewright.prune.cut import Kept, cut
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import removed_units, unmarked
+from edgewright.prune.untie import untie
 from edgewright.recipe import RecoverSettings
 from edgewright.recover.compensate import compensate
 from edgewright.stage import Job, Report
@@ -24,7 +25,7 @@ def run(job: Job) -> Report:
     """The stage: the cut model with repaired weights, file layout and names unchanged."""
     settings = job.recipe.recover or RecoverSettings()
     pruned = graph.load(job.input_model())
-    original = graph.load(job.models.get("simplify", job.models["export"]))
+    original = untie(graph.load(job.models.get("simplify", job.models["export"])))
     graph.name_nodes(original)
     report: dict[str, Any] = {"notes": [], "method": settings.method, "layers": []}
     model, kept = repaired(job, settings, original, pruned, report)
