@@ -57,6 +57,8 @@ def test_every_command_of_the_readme_works(tmp_path):
     text = RECIPE.replace('"tiny"', '"keyword"').replace("1.0.0", "1.4.0")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     recipe.unlink()
+    more = "[prune]\nbudget = { macs = 0.65 }\n[recover]\n[share]\ncodebook = 64\n"
+    (tmp_path / "pruning.toml").write_text(text + more)
     ran = []
     for command in commands():
         if command in RUN_BY_CI or command in NOT_HERE:
