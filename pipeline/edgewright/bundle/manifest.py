@@ -2,7 +2,8 @@
 
 `schema/manifest.schema.json` is the format (JSON Schema 2020-12). Reading assumes an enemy:
 size, nesting, duplicate keys, number range, canonical form and digest are checked before the
-schema, and what the schema cannot say after it.
+schema, and what the schema cannot say after it. All of it with the standard library alone, for
+this runs on the device.
 """
 
 import hashlib
@@ -12,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import rfc8785
-from jsonschema import Draft202012Validator
-
+from edgewright.bundle import canonical as jcs
+from edgewright.bundle import schema
 from edgewright.bundle.tarball import paths_fault
 from edgewright.errors import BadInput, IntegrityError
 
@@ -52,8 +52,8 @@ TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 def canonical(value: Any) -> bytes:
     """RFC 8785 bytes; BadInput where JSON has no spelling for a value."""
     try:
-        return rfc8785.dumps(value)
-    except rfc8785.CanonicalizationError as error:
+        return jcs.dumps(value)
+    except ValueError as error:
         raise BadInput("the bundle cannot hold this value", found=str(error)) from None
 
 
@@ -91,8 +91,8 @@ def check(data: bytes) -> Manifest:
         refuse(f"at most {MAX_DEPTH} levels of nesting", "more")
     try:
         value = json.loads(data, object_pairs_hook=unique, parse_constant=not_a_number)
-        again = rfc8785.dumps(value)
-    except (ValueError, OverflowError) as error:
+        again = jcs.dumps(value)
+    except ValueError as error:
         refuse("canonical JSON (RFC 8785)", " ".join(str(error).split())[:200])
     if again != data:
         refuse("canonical JSON (RFC 8785)", "another spelling")
@@ -159,11 +159,7 @@ def manifest_fault(manifest: Manifest) -> str:
     for text in texts(manifest):
         if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text):
             return f"a control character in {text[:80]!r}"
-    first = next(Draft202012Validator(SCHEMA).iter_errors(manifest), None)
-    if first is not None:
-        where = ".".join(str(part)[:80] for part in first.absolute_path) or "manifest"
-        return f"{where}: {ascii(first.message)[1:-1][:200]}"
-    return files_fault(manifest)
+    return schema.fault(manifest, SCHEMA)[:200] or files_fault(manifest)
 
 
 def texts(value: Any) -> Iterator[str]:
