@@ -136,7 +136,7 @@ class Distillation:
     steps: int = 300
     minutes: float = 0.0
     rate: float = 0.0
-    patience: int = 8
+    patience: int = 12
     batch: int = 16
     seed: int = 0
     outputs: Literal["auto", "soft", "value"] = "auto"

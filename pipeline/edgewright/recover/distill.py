@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -41,23 +41,57 @@ def distill(
     The result is never farther from the teacher on held-out samples than the start. Raises
     BadInput for operators without gradients, outputs that differ, and too few samples.
     """
+
+    def hooks(weights: Mapping[str, torch.nn.Parameter]) -> Hooks:
+        return None, zeros_kept(weights) if settings.keep_zeros else None
+
+    return train(teacher, student, feeds, settings, kept=kept, labels=labels, hooks=hooks,
+                 keep="best", folder=folder, tell=tell)  # fmt: skip
+
+
+Penalty = Callable[[int], torch.Tensor] | None  # of a step, added to its loss
+After = Callable[[int], None] | None  # called when a step is done
+Hooks = tuple[Penalty, After]
+
+
+def train(
+    teacher: onnx.ModelProto | Teacher,
+    student: onnx.ModelProto | Student,
+    feeds: Callable[[], Iterable[Feed]],
+    settings: Distillation,
+    *,
+    kept: Mapping[tuple[str, int], np.ndarray] = {},
+    labels: np.ndarray | None = None,
+    hooks: Callable[[Mapping[str, torch.nn.Parameter]], Hooks],
+    keep: Literal["best", "last"] = "last",
+    folder: Path | None = None,
+    tell: Tell = say_nothing,
+    more: bytes = b"",
+) -> dict[str, Any]:
+    """What `distill` and soft pruning share; see `distill`.
+
+    hooks: what the weights give: a penalty and what follows a step. keep: which weights are the
+    result. more: whatever else decides the result, for the checkpoint's digest.
+    """
     samples, note = take_samples(feeds(), settings.samples)
     graph = student if isinstance(student, onnx.ModelProto) else None
     with repeatable(settings.threads):
         pupil: Student = to_module(student) if isinstance(student, onnx.ModelProto) else student
         lesson, notes = make_lesson(teacher, pupil, graph, samples, settings, kept, labels)
-        parts = [m.SerializeToString(deterministic=True) for m in (teacher, graph)
-                 if isinstance(m, onnx.ModelProto)]  # fmt: skip
-        words = json.dumps(asdict(settings), sort_keys=True).encode()
-        more = b"" if labels is None else np.ascontiguousarray(labels).tobytes()
+        models = [m for m in (teacher, graph) if isinstance(m, onnx.ModelProto)]
+        parts = [m.SerializeToString(deterministic=True) for m in models]
+        parts += [json.dumps(asdict(settings), sort_keys=True).encode(), more]
+        parts += [] if labels is None else [np.ascontiguousarray(labels).tobytes()]
+        lesson.penalty, after = hooks(pupil.weights)
         outcome = fit(
             pupil.weights,
             lesson.backward,
             lesson.measure,
             schedule_of(settings),
-            digest=digest_of(samples, *parts, words, more),
+            digest=digest_of(samples, *parts),
             folder=folder,
-            after=zeros_kept(pupil) if settings.keep_zeros else None,
+            after=after,
+            keep=keep,
             tell=tell,
         )
     if graph is not None:
@@ -75,13 +109,13 @@ def schedule_of(settings: Distillation) -> Schedule:
     )
 
 
-def zeros_kept(student: Student) -> Callable[[int], None]:
+def zeros_kept(weights: Mapping[str, torch.nn.Parameter]) -> Callable[[int], None]:
     """Sets back to zero, after each step, what is zero now."""
-    masks = [w.detach() != 0 for w in student.weights.values()]
+    masks = [w.detach() != 0 for w in weights.values()]
 
     def after(step: int) -> None:
         with torch.no_grad():
-            for weight, mask in zip(student.weights.values(), masks, strict=True):
+            for weight, mask in zip(weights.values(), masks, strict=True):
                 weight.mul_(mask)
 
     return after

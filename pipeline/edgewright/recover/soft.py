@@ -1,0 +1,182 @@
+"""Soft pruning: training that empties units before the hard cut takes them.
+
+`grow`: the units are chosen; a penalty on all they own grows until they are nothing, while the
+rest learns to do without them (Wang et al., Neural Pruning via Growing Regularization,
+2012.09243). `lasso`: group sparsity on all units, nobody chosen yet (Wen et al., 1608.03665).
+`regrow`: the weakest units are set to zero again and again, but go on learning and may come
+back (He et al., Soft Filter Pruning, 1808.06866). All train on the losses of distillation, so
+that labels are not needed. What goes in the end is `prune.cut`'s matter.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from edgewright.data import Feed
+from edgewright.recipe import Distillation
+from edgewright.recover.distill import train
+from edgewright.recover.gradients import Labelled
+from edgewright.recover.ops import Tensor
+from edgewright.stage import Tell, say_nothing
+
+RISE = 0.7  # share of the steps over which a penalty grows; the rest runs with the full one
+
+
+class Owned:
+    """What units own among the trained weights: squared norms, and setting them to zero.
+
+    Norms are divided by the mean square of their tensor, so that large tensors do not outvote
+    small ones.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], analysis: Labelled) -> None:
+        self.weights = weights
+        self.count = 1 + max((u for g in analysis.groups for u in g.units), default=0)
+        self.places: list[tuple[str, int, Tensor]] = []
+        self.size: dict[str, float] = {}
+        for name, weight in weights.items():
+            self.size[name] = float(weight.detach().square().mean()) + 1e-12
+            for axis, labels in enumerate(analysis.labels.get(name, ())):
+                if (labels > 0).any():
+                    self.places.append((name, axis, torch.from_numpy(np.asarray(labels)).long()))
+
+    def energy(self) -> Tensor:
+        """Per unit, the squared norm of its slices over the tensors' mean squares: (labels,)."""
+        total = torch.zeros(self.count)
+        for name, axis, labels in self.places:
+            weight = self.weights[name]
+            rows = weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
+            total = total.index_add(0, labels, rows.square().sum(1) / self.size[name])
+        return total
+
+    def clear(self, units: Iterable[int]) -> None:
+        """Set all that the units own to zero."""
+        gone = torch.zeros(self.count, dtype=torch.bool)
+        gone[list(units)] = True
+        with torch.no_grad():
+            for name, axis, labels in self.places:
+                shape = [1] * self.weights[name].dim()
+                shape[axis] = -1
+                self.weights[name].mul_((~gone[labels]).reshape(shape))
+
+
+def rising(step: int, steps: int) -> float:
+    """Share of the full penalty at a step: from 0 in a straight line to 1."""
+    return min(1.0, step / max(1.0, RISE * steps))
+
+
+def grow(
+    teacher: onnx.ModelProto,
+    model: onnx.ModelProto,
+    analysis: Labelled,
+    remove: Iterable[int],
+    feeds: Callable[[], Iterable[Feed]],
+    settings: Distillation,
+    *,
+    strength: float = 1.0,
+    folder: Path | None = None,
+    tell: Tell = say_nothing,
+) -> dict[str, Any]:
+    """Train the model in place until the units to remove are nothing; report.
+
+    strength: the full penalty, times the mean energy of the units at the start. The weights are
+    those of the last step: the best on held-out samples would be the ones before the penalty.
+    """
+    units = sorted(int(u) for u in remove)
+
+    def hooks(weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        owned = Owned(weights, analysis)
+        first = owned.energy().detach()[units].mean() + 1e-12
+
+        def penalty(step: int) -> Tensor:
+            share = rising(step, settings.steps)
+            return strength * share * 10 * owned.energy()[units].mean() / first
+
+        def after(step: int) -> None:
+            # A straight line down to nothing at the end of the rise: the penalty alone would
+            # only come near it.
+            if rising(step + 1, settings.steps) >= 1:
+                owned.clear(units)
+
+        return penalty, after
+
+    return train(teacher, model, feeds, settings, hooks=hooks, folder=folder, tell=tell,
+                 more=np.array(units).tobytes())  # fmt: skip
+
+
+def lasso(
+    teacher: onnx.ModelProto,
+    model: onnx.ModelProto,
+    analysis: Labelled,
+    feeds: Callable[[], Iterable[Feed]],
+    settings: Distillation,
+    *,
+    strength: float = 0.1,
+    folder: Path | None = None,
+    tell: Tell = say_nothing,
+) -> dict[str, Any]:
+    """Train the model in place under a growing group lasso on all its units; report.
+
+    The penalty is the mean over units of the root of their energy, over its mean at the start.
+    The units to cut are for a criterion (`l2`) to choose afterwards.
+    """
+    units = sorted({u for g in analysis.groups for u in g.units})
+
+    def hooks(weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        owned = Owned(weights, analysis)
+        first = float((owned.energy().detach()[units] + 1e-12).sqrt().mean())
+
+        def penalty(step: int) -> Tensor:
+            roots = (owned.energy()[units] + 1e-12).sqrt().mean()
+            return strength * rising(step, settings.steps) * roots / first
+
+        return penalty, None
+
+    return train(teacher, model, feeds, settings, hooks=hooks, folder=folder, tell=tell,
+                 more=b"lasso")  # fmt: skip
+
+
+def regrow(
+    teacher: onnx.ModelProto,
+    model: onnx.ModelProto,
+    analysis: Labelled,
+    choose: Callable[[dict[int, float]], Iterable[int]],
+    feeds: Callable[[], Iterable[Feed]],
+    settings: Distillation,
+    *,
+    every: int = 20,
+    tell: Tell = say_nothing,
+) -> tuple[dict[str, Any], frozenset[int]]:
+    """Train the model in place, zeroing the weakest units every few steps; report, final units.
+
+    choose: energy of every unit -> the units to remove (such as `prune.select` with a budget).
+    Zeroed units keep learning and can come back until the last fifth of the steps, in which the
+    choice stands. The returned units are zero in the model. Keeps no checkpoint: what is chosen
+    so far would belong into it.
+    """
+    units = sorted({u for g in analysis.groups for u in g.units})
+    last: list[int] = []
+
+    def hooks(weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        owned = Owned(weights, analysis)
+
+        def pick() -> None:
+            energy = owned.energy().detach()
+            last[:] = sorted(int(u) for u in choose({u: float(energy[u]) for u in units}))
+
+        def after(step: int) -> None:
+            final = step >= 0.8 * settings.steps
+            if not last or (step % every == 0 and not final):
+                pick()
+            if final or step % every == 0:
+                owned.clear(last)
+
+        return None, after
+
+    report = train(teacher, model, feeds, settings, hooks=hooks, tell=tell,
+                   more=b"regrow")  # fmt: skip
+    return report, frozenset(last)
