@@ -19,7 +19,7 @@ datasets = pytest.importorskip("sklearn.datasets")
 
 from edgewright.recipe import Distillation  # noqa: E402
 from edgewright.recover import losses, training  # noqa: E402
-from edgewright.recover.batches import Wrapped  # noqa: E402
+from edgewright.recover.batches import Pair, Wrapped  # noqa: E402
 from edgewright.recover.distill import distill  # noqa: E402
 from edgewright.recover.executor import to_module  # noqa: E402
 from edgewright.recover.losses import Target, find_target, output_loss  # noqa: E402
@@ -343,6 +343,27 @@ def test_a_graph_for_one_sample_adds_up_gradients_and_ends_alike(teacher):
         assert single == any("one sample at a time" in n for n in report["notes"])
         results.append(report["best"]["distance"])
     assert results[0] == pytest.approx(results[1], rel=1e-3)  # the same sums in another order
+
+
+def test_samples_of_several_lengths_are_stacked_with_their_like():
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[1,T,4] x) => (float[1,2] y) {'
+        " h = MatMul (x, w) m = ReduceMean <keepdims=0> (h, one) y = MatMul (m, v) }"
+    )
+    rng = np.random.default_rng(0)
+    values = {"w": rng.normal(size=(4, 6)), "v": rng.normal(size=(6, 2))}
+    for name, value in values.items():
+        model.graph.initializer.append(numpy_helper.from_array(value.astype("f"), name))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "one"))
+    feeds = [{"x": rng.normal(size=(1, t, 4)).astype("f")} for t in (9, 3, 5, 3, 5, 5, 3, 3)]
+    student = onnx.ModelProto()
+    student.CopyFrom(model)
+    session = open_local(model.SerializeToString())
+    pair = Pair(to_module(student), lambda f, n: session.run(f, list(n)), [("y", "y")], feeds)
+    assert pair.stacked and not pair.teacher_stacked  # the runtime holds the graph to one sample
+    assert pair.groups(range(8)) == [[0], [1, 3, 6, 7], [2, 4, 5]]
+    (mine,), (theirs,) = pair.both([1, 3, 6, 7])
+    np.testing.assert_allclose(mine.detach().numpy(), theirs.numpy(), rtol=1e-5, atol=1e-6)
 
 
 BAD = {

@@ -108,10 +108,12 @@ def tensors(feed: Feed) -> dict[str, Tensor]:
 
 def stacks(run: Callable[[Feed], Sequence[np.ndarray]], feeds: Sequence[Feed]) -> bool:
     """Whether a run of two samples gives the two samples' results, one behind the other."""
-    pairs = [(a, b) for a in feeds[:1] for b in feeds[1:] if shapes_of(a) == shapes_of(b)]
-    if not pairs:
+    alike: dict[object, list[Feed]] = {}
+    for feed in feeds:
+        alike.setdefault(shapes_of(feed), []).append(feed)
+    pair = next((group[:2] for group in alike.values() if len(group) > 1), None)
+    if pair is None:
         return False
-    pair = pairs[0]
     alone = [run(feed) for feed in pair]
     try:
         together = run(stack(pair))
