@@ -262,7 +262,7 @@ def test_golden_archives_are_not_trusted(whole, tmp_path, data):
 
 
 def test_a_damaged_bundle_is_never_run(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("edgewright.device.selftest.Session", lambda *_, **__: pytest.fail("run"))
+    monkeypatch.setattr("edgewright.device.prove.Session", lambda *_, **__: pytest.fail("run"))
     data = bytearray(whole.read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "x.tar").write_bytes(data)

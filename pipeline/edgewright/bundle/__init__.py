@@ -3,10 +3,13 @@
 `manifest` and `tarball` are all a device needs to verify one; `assemble` makes one.
 """
 
-from edgewright.stage import Job, Report
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a device has no stages
+    from edgewright.stage import Job, Report
 
 
-def run(job: Job) -> Report:
+def run(job: "Job") -> "Report":
     """Write `NAME-VERSION-TARGET.bundle.tar` into the job's folder; what it holds.
 
     Same model, recipe, profile, data, reports, runtime version and SOURCE_DATE_EPOCH: same

@@ -14,14 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgewright.data import Feed
 from edgewright.errors import BadInput, IntegrityError
-from edgewright.runtime.launch import host_isa
-from edgewright.target import Target
+from edgewright.runtime.cpu import host_isa
+
+if TYPE_CHECKING:  # a device has numpy and this module, but neither profiles nor data sources
+    from edgewright.target import Target
+
+Feed = dict[str, np.ndarray]
 
 MIN_VECTORS = 3
 MAX_VECTORS = 8
@@ -175,7 +178,7 @@ def compare(found: np.ndarray, golden: np.ndarray, tolerance: Mapping[str, Any])
     return Difference(worst, False, fault)
 
 
-def made_with(target: Target | None, arch: str, runtime: str) -> dict[str, Any]:
+def made_with(target: "Target | None", arch: str, runtime: str) -> dict[str, Any]:
     """What decides the bits of an output: runtime version and the kernels it chooses.
 
     `target` None: this machine itself.

@@ -1,25 +1,16 @@
 """The self-test: does this machine get the outputs that the bundle was released with?"""
 
 import os
-import re
 import tempfile
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from edgewright.bundle import golden
 from edgewright.bundle.manifest import Manifest
+from edgewright.device.prove import Report, prove
 from edgewright.device.verify import extract
-from edgewright.errors import EnvironmentMissing, IntegrityError, UsageError
+from edgewright.errors import EnvironmentMissing, UsageError
 from edgewright.runtime.launch import host_isa, launch_for
-from edgewright.runtime.session import RUN_TIMEOUT_S, Launch, Session
+from edgewright.runtime.session import Launch
 from edgewright.target import Target, load_target, target_names
-
-Report = dict[str, Any]
-Arrays = dict[str, np.ndarray]
-MEMORY_RUNS = 3  # the second run of a session may need more than the first
 
 
 def self_test(bundle: Path, target: Target | None = None, *, folder: Path | None = None) -> Report:
@@ -29,41 +20,14 @@ def self_test(bundle: Path, target: Target | None = None, *, folder: Path | None
     as the shipped profile of the bundle's own target says. `folder`: where to unpack for the
     time of the test; default the system's temporary folder.
 
-    Returns {"ok", "vectors", "max_abs", "exact", "exact_expected", "runtime", "memory",
-    "results"}. IntegrityError (exit 5) where bytes or outputs differ, EnvironmentMissing
-    (exit 6) where this machine cannot run the bundle as it must be run.
+    Returns what `prove` does. IntegrityError (exit 5) where bytes or outputs differ,
+    EnvironmentMissing (exit 6) where this machine cannot run the bundle as it must be run.
     """
     with tempfile.TemporaryDirectory(prefix="edgewright-selftest-", dir=folder) as parent:
         unpacked = Path(parent) / "bundle"
         manifest = extract(bundle, unpacked)
         where, launch = choose_launch(manifest, target)
-        feeds = golden_vectors(manifest, unpacked, "inputs")
-        outputs = golden_vectors(manifest, unpacked, "outputs")
-        model = unpacked / manifest["model"]["path"]
-        with open_session(manifest, model, launch) as session:
-            check_runtime(manifest, session)
-            arch = manifest["device"]["arch"]
-            here = golden.made_with(where, arch, str(session.info["version"]))
-            made_with = dict(manifest["golden"]["made_with"])
-            exact_expected = made_with.pop("exact") and made_with == here
-            results = [
-                run_vector(manifest, session, feed, wanted, k, exact_expected)
-                for k, (feed, wanted) in enumerate(zip(feeds, outputs, strict=True))
-            ]
-            memory = None if here["emulated"] else check_memory(manifest, session, feeds)
-    return {
-        "ok": True,
-        "name": manifest["name"],
-        "version": manifest["version"],
-        "target": manifest["target"],
-        "vectors": len(results),
-        "max_abs": max(row["max_abs"] for row in results),
-        "exact": all(row["exact"] for row in results),
-        "exact_expected": exact_expected,
-        "runtime": {**here, "provider": manifest["runtime"]["provider"]},
-        "memory": memory,
-        "results": results,
-    }
+        return prove(manifest, unpacked, launch, where)
 
 
 def choose_launch(manifest: Manifest, target: Target | None) -> tuple[Target | None, Launch]:
@@ -94,81 +58,3 @@ def choose_launch(manifest: Manifest, target: Target | None) -> tuple[Target | N
             hint=f"use target {manifest['target']}",
         )
     return (target if target.run.how != "local" else None), launch_for(target)
-
-
-def open_session(manifest: Manifest, model: Path, launch: Launch) -> Session:
-    """A session of the bundle's model with the bundle's own settings and limits."""
-    runtime, limits = manifest["runtime"], manifest["limits"]
-    factor = launch.time_factor * limits["timeout_s"] / RUN_TIMEOUT_S
-    return Session(
-        model,
-        launch=replace(launch, time_factor=factor),
-        name=f"{manifest['name']} {manifest['version']}",
-        provider=runtime["provider"],
-        provider_options=runtime["provider_options"],
-        threads=runtime["threads"],
-        session=runtime["session"],
-    )
-
-
-def check_runtime(manifest: Manifest, session: Session) -> None:
-    """EnvironmentMissing where the runtime is outside the range the bundle allows."""
-    runtime, version = manifest["runtime"], str(session.info["version"])
-    if not (numbers(runtime["min"]) <= numbers(version) < numbers(runtime["max"])):
-        raise EnvironmentMissing(
-            "this onnxruntime is not one the bundle may run with",
-            expected=f"{runtime['min']} or later, {runtime['max']}",
-            found=version,
-            hint=f"install onnxruntime {runtime['exact']}, which the bundle was proven with",
-        )
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, to compare by."""
-    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
-
-
-def golden_vectors(manifest: Manifest, folder: Path, key: str) -> list[Arrays]:
-    """The golden "inputs" or "outputs" of the unpacked bundle, vector by vector."""
-    facts = manifest["golden"]
-    names = [value["name"] for value in manifest["model"][key]]
-    return golden.unstack(golden.read_npz(folder / facts[key]), names, facts["count"])
-
-
-def run_vector(
-    manifest: Manifest, session: Session, feed: Arrays, wanted: Arrays, k: int, exact: bool
-) -> Report:
-    """Run one golden vector; IntegrityError with the figures where an output is too far off."""
-    names = [value["name"] for value in manifest["model"]["outputs"]]
-    found = dict(zip(names, session.run(feed, names), strict=True))
-    worst, equal = 0.0, True
-    for tolerance in manifest["golden"]["tolerances"]:
-        name = tolerance["output"]
-        difference = golden.compare(found[name], wanted[name], tolerance)
-        fault = difference.fault
-        if exact and not fault and not difference.equal:
-            fault = f"max |difference| {difference.max_abs:.4g}, allowed none on this very CPU type"
-        if fault:
-            raise IntegrityError(
-                f"self-test: golden vector {k + 1} of {manifest['golden']['count']}, "
-                f"output {name!r}: {fault}",
-                hint="do not use this bundle on this machine; compare `edgewright doctor` here "
-                "with the machine that built it",
-            )
-        worst, equal = max(worst, difference.max_abs), equal and difference.equal
-    return {"vector": k + 1, "max_abs": worst, "exact": equal}
-
-
-def check_memory(manifest: Manifest, session: Session, feeds: list[Arrays]) -> Report:
-    """Peak resident memory of the session's process against the bundle's limit."""
-    session.keep_feeds(feeds[:1])
-    peak = int(session.ask({"op": "memory", "runs": MEMORY_RUNS})[0]["peak_kib"]) * 1024
-    limit = manifest["limits"]["max_memory_bytes"]
-    if limit is not None and peak > limit:
-        raise EnvironmentMissing(
-            f"{manifest['name']} needs more memory on this machine than its bundle allows",
-            expected=f"at most {limit} bytes",
-            found=f"{peak}",
-            hint="raise the budget in the target profile, or make the model smaller",
-        )
-    return {"peak_bytes": peak, "limit_bytes": limit}

@@ -6,20 +6,9 @@ from typing import Any
 
 from edgewright.errors import EnvironmentMissing
 from edgewright.runtime import emulator
+from edgewright.runtime.cpu import host_isa
 from edgewright.runtime.session import Launch, Session
 from edgewright.target import Target
-
-
-def host_isa() -> frozenset[str]:
-    """The CPU flags of this machine as the kernel names them."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        if line.lower().startswith(("flags", "features")):
-            return frozenset(line.split(":", 1)[1].split())
-    return frozenset()
 
 
 def host_cpu() -> str:

@@ -30,10 +30,12 @@ ADDRESS_SPACE = 64 << 30  # bytes; stops a tensor of terabytes, not a normal mod
 class Launch:
     """How a Python process for the target is started: command before the script, environment.
 
-    `address_space`: RLIMIT_AS of the child in bytes, 0 where an emulator reserves more.
+    `worker`: the script, as words after `python`. `address_space`: RLIMIT_AS of the child in
+    bytes, 0 where an emulator reserves more.
     """
 
     python: tuple[str, ...] = (sys.executable, "-s")
+    worker: tuple[str, ...] = (str(WORKER),)
     env: Mapping[str, str] | None = None
     address_space: int = ADDRESS_SPACE
     time_factor: float = 1.0
@@ -74,7 +76,7 @@ class Session:
         self.timed_out = False
         begin = time.perf_counter()
         self.process = subprocess.Popen(
-            [*self.launch.python, str(WORKER), str(self.launch.address_space)],
+            [*self.launch.python, *self.launch.worker, str(self.launch.address_space)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
