@@ -428,3 +428,35 @@ def test_each_step_is_shown_against_the_original() -> None:
     exported = tables.number(tables.find(report["stages"][0], "report", "model", "bytes"))
     assert exported is not None and step.size == f"{100 * 3_904_496 / exported:.0f} %"
     assert "after each stage that changed the model" in html.render(report)
+
+
+def test_compression_is_told_stage_by_stage() -> None:
+    report = full()
+    prune = {
+        "budget": {"of": "macs", "asked": 0.6, "left": 0.598},
+        "criterion": "hessian",
+        "needs": "label-free",
+        "allocation": "global",
+        "multiple": 8,
+        "groups": [{"group": "w<1>", "kind": "heads", "units": 12, "kept": 8, "reason": ""}],
+        "frozen": [{"node": "n", "op": "TopK", "reason": "no rule for this operator"}],
+        "tries": [{"budget": 0.5, "drop": 0.04, "kept": False}],
+    }
+    recover = {
+        "method": "compensate",
+        "layers": [{"node": "a", "op": "Conv"}, {"node": "b", "op": "Conv", "reason": "odd"}],
+    }
+    share = {"duplicate_bytes": 10, "sent_bytes": {"before": 100, "after": 20}, "codebooks": []}
+    for name, one in (("prune", prune), ("recover", recover), ("share", share)):
+        report["stages"].insert(2, {"stage": name, "cached": False, "report": one})
+    page = html.render(report)
+    for text in (
+        "60.00 % of the macs; 59.80 % is left",
+        "w&lt;1&gt;",
+        "no rule for this operator",
+        "costs too much",
+        "1 of 2",
+        "100 B before, 20 B after",
+    ):
+        assert text in page, text
+    assert "Compression beyond int8" not in html.render(full())

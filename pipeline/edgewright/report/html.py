@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from edgewright.report import plots, tables
+from edgewright.report import compression, plots, tables
 from edgewright.report.tables import find, number, plain, rows, table
 
 TEMPLATE = "report.html.j2"
@@ -62,6 +62,7 @@ def view(report: tables.Report) -> dict[str, Any]:
         "latency": latency(report, measure),
         "kernels": kernels(measure),
         "quantize": quantize(tables.stage_report(report, "quantize")),
+        "compression": compression.view(report),
         "notes": tables.notes(report),
         "digests": digests(report),
         "environment": list(tables.flat(table(report.get("environment")))),
