@@ -22,6 +22,7 @@ from edgewright.prune.cut import cut
 from edgewright.prune.labels import Analysis, analyse
 from edgewright.prune.marks import mark
 from edgewright.prune.select import Selection, for_latency, select
+from edgewright.prune.unstructured import sparse
 from edgewright.prune.untie import untie
 from edgewright.recipe import PruneSettings
 from edgewright.recover.compensate import compensate
@@ -49,6 +50,8 @@ def run(job: Job) -> Report:
     settings = job.recipe.prune
     if settings is None:
         raise BadInput("the recipe has no [prune]", hint="add [prune] with budget = { macs = 0.7 }")
+    if settings.zero:
+        return zeroed(job, settings)
     model = untie(graph.load(job.input_model()))
     graph.name_nodes(model)
     analysis = without_excluded(analyse(model), settings)
@@ -72,6 +75,32 @@ def run(job: Job) -> Report:
         report["groups"] = found.groups
         graph.save(mark(found.model, analysis, found.removed), job.output_model())
     return {**report, "model": graph.summary(job.output_model())}
+
+
+def zeroed(job: Job, settings: PruneSettings) -> Report:
+    """The model with zeros among its weights, as many as the budget asks for or N:M gives."""
+    name, share = settings.budget.named()
+    model, found = sparse(graph.load(job.input_model()), settings.zero, 1 - share)
+    graph.save(model, job.output_model())
+    left = round(1 - found["zeros"] / found["weights"], 5)
+    notes = [{"level": "info", "text": text} for text in found["notes"]]
+    told = f"single weights became zero: {name} and latency stay, {left:.0%} of weights are left"
+    notes.append({"level": "info", "text": told})
+    if settings.max_drop is not None:
+        text = "max_drop holds for whole units only; what zeros cost is the gate's to judge"
+        notes.append({"level": "warning", "text": text})
+    return {
+        "notes": notes,
+        "criterion": f"zeros: {settings.zero}",
+        "needs": "data-free",
+        "allocation": "global" if settings.zero == "magnitude" else "uniform",
+        "multiple": 1,
+        "budget": {"of": "weights", "asked": share, "left": left},
+        "tensors": found["tensors"],
+        "bytes": found["bytes"],
+        "compressed_bytes": found["compressed_bytes"],
+        "model": graph.summary(job.output_model()),
+    }
 
 
 def without_excluded(analysis: Analysis, settings: PruneSettings) -> Analysis:

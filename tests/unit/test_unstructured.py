@@ -5,8 +5,12 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
+from edgewright import pruning
 from edgewright.errors import BadInput
 from edgewright.prune.unstructured import n_of_m, prunable, sparse
+from edgewright.recipe import parse_recipe
+from edgewright.stage import Job
+from edgewright.target import load_target
 
 
 def net() -> onnx.ModelProto:
@@ -93,3 +97,24 @@ def test_the_gain_is_told_as_it_is():
 def test_bad_patterns_and_shares_are_refused(pattern, share):
     with pytest.raises(BadInput, match="expected"):
         sparse(net(), pattern, share)
+
+
+def test_a_recipe_asks_for_it(tmp_path):
+    onnx.save(net(), tmp_path / "model.onnx")
+    words = {
+        "model": {"name": "net", "version": "1.0.0", "source": "model.onnx"},
+        "data": {"calibration": "c.npz", "evaluation": "e.npz", "metric": "score.py:score"},
+        "prune": {"budget": {"params": 0.3}, "zero": "magnitude"},
+    }
+    recipe = parse_recipe(words, tmp_path)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    job = Job(
+        recipe=recipe, target=load_target("cpu"), folder=folder, model=tmp_path / "model.onnx"
+    )
+    report = pruning.run(job)
+    assert report["budget"] == {"of": "weights", "asked": 0.3, "left": pytest.approx(0.3, abs=1e-3)}
+    stored = values(onnx.load(job.output_model()))
+    zeros = sum((stored[k] == 0).sum() for k in ("w", "v"))
+    assert zeros == round(0.7 * (16 * 8 * 9 + 48))
+    assert any("latency stay" in n["text"] for n in report["notes"])
