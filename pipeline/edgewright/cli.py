@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -115,9 +116,30 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Whose signatures count."""
+    for option in (
+        click.option("--no-clock", is_flag=True, help="Judge no dates: the clock here is wrong."),
+        click.option(
+            "--threshold",
+            type=int,
+            help="How many of the trusted keys must have signed. Default: 1.",
+        ),
+        click.option(
+            "--trust",
+            "trusted",
+            type=PATH,
+            multiple=True,
+            help="A public key that must have signed (may be given repeatedly), or a trust file.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options that several commands share, by name."""
-    known = {
+    known: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
         "recipe": click.option(
             "--recipe", "recipe_path", type=PATH, required=True, help="The recipe (TOML)."
         ),
@@ -131,6 +153,7 @@ def options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         "output": click.option(
             "-o", "--output", type=PATH, required=True, help="Where to write the result."
         ),
+        "trust": trust_options,
         "json": click.option(
             "--json", "as_json", is_flag=True, help="Print the result as JSON, for machines."
         ),
@@ -571,18 +594,26 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 @cli.command()
 @click.argument("bundle_path", metavar="BUNDLE", type=PATH)
-@options("json")
-def verify(bundle_path: Path, as_json: bool) -> None:
-    """Check that BUNDLE is whole and holds exactly what its manifest lists.
+@options("trust", "json")
+def verify(
+    bundle_path: Path,
+    trusted: tuple[Path, ...],
+    threshold: int | None,
+    no_clock: bool,
+    as_json: bool,
+) -> None:
+    """Check that BUNDLE is whole, holds exactly what its manifest lists, and who signed it.
 
     \b
-    edgewright verify keyword-1.4.0-arm.bundle.tar
+    edgewright verify keyword-1.4.0-arm.bundle.tar --trust release.pub
     """
-    from edgewright.device.verify import verify as verified
+    from edgewright.device.verify import verified
 
-    manifest = verified(bundle_path)
+    trust = trust_from(trusted, threshold, no_clock)
+    found = verified(bundle_path, trust)
+    manifest = found.manifest
     if as_json:
-        emit_json(manifest)
+        emit_json({**manifest, "signers": found.signers, "trusted": trust is not None})
         return
     verdict = (manifest["gate"] or {}).get("verdict", "none")
     emit_table(
@@ -591,10 +622,69 @@ def verify(bundle_path: Path, as_json: bool) -> None:
             ("gate", verdict if verdict == "PASS" else f"{verdict} (NOT for release)"),
             ("model", f"{manifest['model']['bytes']} bytes, sha256 {manifest['model']['sha256']}"),
             ("runtime", f"{manifest['runtime']['name']} {manifest['runtime']['exact']}"),
-            ("signature", "none: nothing says who made it" if not manifest["signature"] else "yes"),
+            ("signature", signature_text(found.signers, trust is not None)),
             ("files", f"{len(manifest['files'])}, every one as listed"),
         ]
     )
+
+
+def trust_from(paths: Sequence[Path], threshold: int | None, no_clock: bool) -> Any:
+    """The keys that the options name; None where they name none."""
+    from edgewright.device import trust
+
+    return trust.load(paths, threshold, None if no_clock else int(time.time()))
+
+
+def signature_text(signers: Sequence[str], trusted: bool) -> str:
+    """What is known of who signed, in one line."""
+    if not signers:
+        return "none: nothing says who made it"
+    names = ", ".join(signers)
+    if trusted:
+        return f"good, by {names}"
+    return f"signed by {names}, not checked against any key you trust (--trust)"
+
+
+@cli.command()
+@click.option("-o", "--output", type=PATH, required=True, help="The private key's file.")
+def keygen(output: Path) -> None:
+    """Make an Ed25519 key to sign bundles with; its public half goes to OUTPUT.pub.
+
+    \b
+    edgewright keygen -o release
+    """
+    from edgewright import signing
+
+    public, name = signing.keygen(output)
+    emit_table([("private", str(output)), ("public", str(public)), ("keyid", name)])
+
+
+@cli.command()
+@click.argument("bundle_path", metavar="BUNDLE", type=PATH)
+@click.option(
+    "--key",
+    "key_names",
+    multiple=True,
+    help="A key file, env:NAME or command:PROGRAM; may be given repeatedly. "
+    "Default: env:EDGEWRIGHT_SIGNING_KEY.",
+)
+@click.option("--any-verdict", is_flag=True, help="Sign also what the gate did not pass.")
+def sign(bundle_path: Path, key_names: tuple[str, ...], any_verdict: bool) -> None:
+    """Add a signature to BUNDLE; those of other keys stay.
+
+    A command keeps its key to itself: called with `public` it prints the public key (PEM), with
+    `sign` it signs its standard input with Ed25519 and prints the signature.
+
+    \b
+    edgewright sign keyword-1.4.0-arm.bundle.tar --key release
+    edgewright sign keyword-1.4.0-arm.bundle.tar --key command:./token-agent
+    """
+    from edgewright import signing
+
+    names = key_names or (f"env:{signing.VARIABLE}",)
+    keys = [signing.signer(name, os.environ) for name in names]
+    found = signing.sign_bundle(bundle_path, keys, any_verdict=any_verdict)
+    emit(f"{bundle_path}: signed by {', '.join(found.signers)}")
 
 
 @cli.command("self-test")

@@ -54,7 +54,12 @@ def versions(recipe: Recipe) -> dict[str, str]:
 
 
 FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
-    "release": lambda recipe, _: [recipe.model.name, recipe.model.version],
+    "release": lambda recipe, _: [
+        recipe.model.name,
+        recipe.model.version,
+        asdict(recipe.release),
+        content(recipe, recipe.release.license_file) if recipe.release.license_file else "",
+    ],
     "inputs": lambda recipe, _: asdict(recipe.model)["inputs"],
     "source": lambda recipe, _: [recipe.model.source, content(recipe, recipe.model.source)],
     "calibration": lambda recipe, _: [

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,6 +200,22 @@ class GateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReleaseSettings:
+    """[release]: what the bundle says of itself as one release among others.
+
+    sequence: grows with every release of one name and target; a device that runs a later one
+    refuses this one. 0: not set, so nothing protects from going back. expires: the day (UTC,
+    "2027-06-30") from whose start on no device installs it. license: of the model, an SPDX
+    expression; license_file: its text, which travels with the model.
+    """
+
+    sequence: int = 0
+    expires: str = ""
+    license: str = ""
+    license_file: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All settings of a build; `folder` is what its relative paths start from."""
 
@@ -209,6 +226,7 @@ class Recipe:
     share: ShareSettings | None = None
     quantize: QuantizeSettings = QuantizeSettings()
     gate: GateSettings = GateSettings()
+    release: ReleaseSettings = ReleaseSettings()
     folder: Path = Path()
     raw: dict[str, Any] = field(default_factory=dict)
 
@@ -260,6 +278,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
                         expected=f"{fixed}, as in shape",
                         found=str(size),
                     )
+    check_release(recipe.release, where)
     gate = recipe.gate
     for key in ("min_retained", "min_agreement"):
         share = getattr(gate, key)
@@ -308,6 +327,35 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         )
     if recipe.data.per_sample and not recipe.data.metric:
         raise BadInput(f"{where}: data.per_sample without data.metric")
+
+
+def check_release(release: ReleaseSettings, where: str) -> None:
+    """A sequence that JSON can hold, a day of the calendar, a licence of one line."""
+    if not 0 <= release.sequence < 2**53:
+        raise BadInput(
+            f"{where}: release.sequence", expected="0 to 2^53 - 1", found=str(release.sequence)
+        )
+    if release.expires:
+        expiry(release.expires, f"{where}: release.expires")
+    if not re.fullmatch(r"[A-Za-z0-9.+() -]{0,200}", release.license):
+        raise BadInput(
+            f"{where}: release.license",
+            expected='an SPDX expression such as "Apache-2.0"',
+            found=repr(release.license[:200]),
+        )
+
+
+def expiry(day: str, where: str) -> int:
+    """Seconds since 1970 at which a day (UTC) begins; BadInput where it is none."""
+    try:
+        begin = datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=UTC)
+        if begin.year < 2000 or f"{begin:%Y-%m-%d}" != day:
+            raise ValueError
+    except ValueError:
+        raise BadInput(
+            where, expected='a day from 2000 on, such as "2027-06-30"', found=repr(day[:40])
+        ) from None
+    return int(begin.timestamp())
 
 
 def check_prune(prune: PruneSettings, where: str) -> None:

@@ -27,7 +27,7 @@ LAYERS = [
     {"recover"},
     STAGE_MODULES,
     {"device", "report"},
-    {"baseline"},
+    {"baseline", "signing"},
     {"build"},
     {"console"},
     {"cli"},

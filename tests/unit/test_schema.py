@@ -19,7 +19,7 @@ EXAMPLE = {
     "target": "cpu",
     "sequence": 3,
     "source_date_epoch": 0,
-    "signature": None,
+    "expires": None,
     "device": {"arch": "x86_64", "isa": ["avx2"]},
     "compatible": ["linux-x86_64"],
     "runtime": {

@@ -13,6 +13,7 @@ from edgewright import data
 from edgewright import model as models
 from edgewright.bundle import evidence, golden, manifest, tarball, transport
 from edgewright.errors import BadInput, UsageError
+from edgewright.recipe import expiry
 from edgewright.runtime.launch import open_on_target
 from edgewright.runtime.session import RUN_TIMEOUT_S
 from edgewright.stage import Job, Report
@@ -226,9 +227,9 @@ def describe(
         "name": settings.name,
         "version": settings.version,
         "target": target.name,
-        "sequence": 0,
+        "sequence": job.recipe.release.sequence,
         "source_date_epoch": time_stamp,
-        "signature": None,
+        "expires": expiry(day, "release.expires") if (day := job.recipe.release.expires) else None,
         "device": {"arch": target.device.arch, "isa": list(target.device.isa)},
         "compatible": list(target.device.compatible),
         "runtime": {

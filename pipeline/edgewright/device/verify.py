@@ -1,7 +1,9 @@
 """Verifying and unpacking a bundle, in one pass over its bytes and in bounded memory.
 
-The manifest comes first and is checked whole; then every member must be the next one it lists,
-with that size, mode and digest. No model, archive of arrays or other content is parsed here.
+The manifest comes first, then the envelope that signs it. Who trusts only some keys learns here
+whether they signed, before the manifest is parsed and before any byte behind it is read. Then
+every member must be the next one the manifest lists, with that size, mode and digest. No model,
+archive of arrays or other content is parsed here.
 """
 
 import hashlib
@@ -10,27 +12,50 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from edgewright.bundle import manifest, tarball, transport
 from edgewright.bundle.manifest import Manifest
-from edgewright.errors import BadInput, IntegrityError, UsageError, from_os_error
+from edgewright.device import envelope
+from edgewright.device.envelope import Trust
+from edgewright.errors import (
+    BadInput,
+    IntegrityError,
+    UsageError,
+    from_os_error,
+)
 
 Sink = Callable[[str, int], AbstractContextManager[BinaryIO | None]]  # path, mode -> file
 
 
-def verify(bundle: Path) -> Manifest:
+@dataclass(frozen=True)
+class Verified:
+    """A bundle that is whole. `signers`: keyids; checked only where `trust` was given."""
+
+    manifest: Manifest
+    manifest_bytes: bytes
+    envelope: bytes | None
+    signers: list[str]
+
+
+def verify(bundle: Path, trust: Trust | None = None) -> Manifest:
     """The manifest of a bundle that is whole and holds exactly what it lists.
 
-    IntegrityError for anything else, BadInput where there is no such file. A manifest whose
-    "signature" is null says nothing about who made the bundle.
+    IntegrityError for anything else, BadInput where there is no such file. Without `trust` this
+    says nothing about who made the bundle.
     """
+    return verified(bundle, trust).manifest
+
+
+def verified(bundle: Path, trust: Trust | None = None) -> Verified:
+    """As `verify`, with what the bundle says of its signers."""
     with open_bundle(bundle) as stream, naming(bundle):
-        return walk(stream, lambda path, mode: nullcontext())
+        return walk(stream, lambda path, mode: nullcontext(), trust)
 
 
-def extract(bundle: Path, folder: Path) -> Manifest:
+def extract(bundle: Path, folder: Path, trust: Trust | None = None) -> Manifest:
     """Unpack into the new folder `folder`, verifying every byte on its way; the manifest.
 
     Nothing remains after an error. The folder must not exist, its parent must.
@@ -43,7 +68,7 @@ def extract(bundle: Path, folder: Path) -> Manifest:
                 f"{folder} exists", expected="a new folder to unpack into", hint="name another one"
             ) from None
         try:
-            return walk(stream, lambda path, mode: new_file(folder, path, mode))
+            return walk(stream, lambda path, mode: new_file(folder, path, mode), trust).manifest
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -77,31 +102,59 @@ def open_bundle(path: Path) -> BinaryIO:
     return transport.plain(os.fdopen(descriptor, "rb"))
 
 
-def walk(stream: BinaryIO, sink: Sink) -> Manifest:
+def walk(stream: BinaryIO, sink: Sink, trust: Trust | None = None) -> Verified:
     """Check all members in order and hand their content to files that `sink` opens."""
-    first = tarball.read_member(stream)
-    if first is None or first.path != manifest.PATH:
-        raise IntegrityError(
-            "not a bundle",
-            expected=f"{manifest.PATH} as its first member",
-            found=repr(first.path) if first else "an empty archive",
-        )
-    if first.size > manifest.MAX_BYTES or first.mode != 0o644:
-        raise IntegrityError(
-            "the bundle's manifest is refused",
-            expected=f"mode 0644 and at most {manifest.MAX_BYTES} bytes",
-            found=f"mode {first.mode:04o}, {first.size} bytes",
-        )
-    data = b"".join(tarball.read_content(stream, first))
+    first, data = read_head(stream, manifest.PATH, manifest.MAX_BYTES)
+    second = tarball.read_member(stream)
+    signature = None
+    if second is not None and second.path == manifest.SIGNATURE:
+        signature = head_content(stream, second, envelope.MAX_BYTES)
+    signers = envelope.check(signature, data, trust)
     content = manifest.check(data)
     time_stamp = content["source_date_epoch"]
-    check_time(first, time_stamp)
-    with sink(first.path, first.mode) as file:
-        if file is not None:
-            file.write(data)
+    if trust is not None:
+        envelope.check_dates(time_stamp, content["expires"], trust.now)
+    for member, part in ((first, data), (second, signature)):
+        if member is not None and part is not None:
+            check_time(member, time_stamp)
+            with sink(member.path, member.mode) as file:
+                if file is not None:
+                    file.write(part)
+    following = tarball.read_member(stream) if signature is not None else second
+    read_files(stream, sink, content, following)
+    return Verified(content, data, signature, signers)
+
+
+def read_head(stream: BinaryIO, path: str, limit: int) -> tuple[tarball.Member, bytes]:
+    """The first member, which must be `path`, and its content."""
+    member = tarball.read_member(stream)
+    if member is None or member.path != path:
+        raise IntegrityError(
+            "not a bundle",
+            expected=f"{path} as its first member",
+            found=repr(member.path) if member else "an empty archive",
+        )
+    return member, head_content(stream, member, limit)
+
+
+def head_content(stream: BinaryIO, member: tarball.Member, limit: int) -> bytes:
+    """Manifest or envelope: the whole member, of no more than `limit` bytes."""
+    if member.size > limit or member.mode != 0o644:
+        raise IntegrityError(
+            f"the bundle's {member.path} is refused",
+            expected=f"mode 0644 and at most {limit} bytes",
+            found=f"mode {member.mode:04o}, {member.size} bytes",
+        )
+    return b"".join(tarball.read_content(stream, member))
+
+
+def read_files(
+    stream: BinaryIO, sink: Sink, content: Manifest, member: tarball.Member | None
+) -> None:
+    """Check the members from `member` on against the manifest's list of files."""
+    time_stamp = content["source_date_epoch"]
     listed = {entry["path"] for entry in content["files"]}
     for entry in content["files"]:
-        member = tarball.read_member(stream)
         if member is None:
             raise IntegrityError("the bundle lacks a listed file", expected=repr(entry["path"]))
         check_member(member, entry, listed)
@@ -119,9 +172,9 @@ def walk(stream: BinaryIO, sink: Sink) -> Manifest:
                 found=whole.hexdigest(),
                 hint="fetch the bundle again, from the source you trust",
             )
-    if (extra := tarball.read_member(stream)) is not None:
-        raise IntegrityError("a file that the manifest does not list", found=repr(extra.path))
-    return content
+        member = tarball.read_member(stream)
+    if member is not None:
+        raise IntegrityError("a file that the manifest does not list", found=repr(member.path))
 
 
 def check_member(member: tarball.Member, entry: dict[str, object], listed: set[str]) -> None:
