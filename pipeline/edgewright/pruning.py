@@ -161,7 +161,14 @@ def judged(job: Job, model: onnx.ModelProto, analysis: Analysis, found: Pruned) 
     if job.recipe.recover is None:
         return found.model
     repaired, kept = cut(model, analysis, found.removed)
-    compensate(model, repaired, kept, feeds_of(job, model, job.recipe.recover.samples), job.tell)
+    compensate(
+        model,
+        repaired,
+        kept,
+        feeds_of(job, model, job.recipe.recover.samples),
+        job.tell,
+        job.folder,
+    )
     return repaired
 
 

@@ -60,7 +60,12 @@ def repaired(
         )
     specs = graph.input_specs(original)
     report["layers"] = compensate(
-        original, model, kept, lambda: samples(job.recipe, specs, settings.samples), job.tell
+        original,
+        model,
+        kept,
+        lambda: samples(job.recipe, specs, settings.samples),
+        job.tell,
+        job.folder,
     )
     return model, kept
 

@@ -70,11 +70,13 @@ def compensate(
     kept: Kept,
     feeds: Callable[[], Iterable[Feed]],
     tell: Tell,
+    scratch: Path | None = None,
 ) -> list[Row]:
     """Repair the weights and biases of the pruned model in place; a row for each layer touched.
 
     original, pruned: the same nodes under the same names. kept: for every (tensor, axis) that
     lost something the indices kept, activations included (what `cut` returns). Needs no labels.
+    scratch: where activations wait that do not fit into memory (default: the system's place).
     Rows: node, op, channels (before), lost, error and plain (relative squared error of what the
     layer reads, on samples held out, with and without repair), strength of the ridge, reason
     where a layer stays a plain slice. Raises BadInput where there are no samples.
@@ -94,7 +96,7 @@ def compensate(
         for entry in left
         if reading.get(entry["node"]) in changed and entry["node"] not in apart
     ]
-    with tempfile.TemporaryDirectory(prefix="edgewright-") as folder:
+    with tempfile.TemporaryDirectory(prefix="edgewright-", dir=scratch) as folder:
         shelf = Shelf(Path(folder), LIVE_BYTES)
         walks = Walk(original, []), Walk(pruned, [])
         for feed in feeds():
