@@ -707,6 +707,47 @@ def self_test(bundle_path: Path, target_name: str | None, as_json: bool) -> None
     emit(f"ok: {report['vectors']} golden vectors, {how}")
 
 
+def on_device(name: str) -> None:
+    """Add a command whose words go to the device program as they are: one parser for both."""
+    settings = {"ignore_unknown_options": True, "help_option_names": []}
+
+    @cli.command(name, context_settings=settings, add_help_option=False)
+    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
+    def command(words: tuple[str, ...]) -> None:
+        from edgewright.device import program
+
+        emit(program.run([name, *words], "edgewright"))
+
+    command.help = command.short_help = DEVICE_COMMANDS[name]
+
+
+DEVICE_COMMANDS = {
+    "install": "Verify, unpack and prove BUNDLE below --root, then let it be current.",
+    "rollback": "Go back to the release before the current one.",
+    "status": "Tell what is installed below --root, and what to go back to.",
+    "start-check": "Before each start of what runs: count it, go back if need be.",
+    "mark-good": "The current release runs well: stop counting its starts.",
+}
+for device_command in DEVICE_COMMANDS:
+    on_device(device_command)
+
+
+@cli.command("device-program")
+@options("output")
+def device_program(output: Path) -> None:
+    """Write the device's side of this program as one file that needs Python alone.
+
+    \b
+    edgewright device-program -o edgewright-device.pyz
+    python3 edgewright-device.pyz install BUNDLE --root /opt/model
+    """
+    from edgewright.device import pack
+
+    write_atomic(output, pack.program())
+    output.chmod(0o755)
+    emit(str(output))
+
+
 @cli.command()
 @click.argument("folder", metavar="RUNFOLDER", type=PATH)
 @options("json")

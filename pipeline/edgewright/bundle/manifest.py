@@ -8,9 +8,9 @@ this runs on the device.
 
 import hashlib
 import json
+import pkgutil
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 from edgewright.bundle import canonical as jcs
@@ -42,8 +42,9 @@ BENCHMARK = "report/bench.json"
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16
+# Not by its path: in the device program this file lies in a zip.
 SCHEMA: dict[str, Any] = json.loads(
-    (Path(__file__).parent / "schema" / "manifest.schema.json").read_text("utf-8")
+    pkgutil.get_data("edgewright.bundle", "schema/manifest.schema.json") or b""
 )
 # A whole string, closed or not, or one bracket: linear in the input, whatever the input.
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)

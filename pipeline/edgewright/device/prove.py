@@ -3,6 +3,7 @@
 Needs numpy and onnxruntime beside the standard library, so the device program holds it.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,14 @@ from edgewright.bundle import golden
 from edgewright.bundle.manifest import Manifest
 from edgewright.device.fit import check_runtime
 from edgewright.errors import EnvironmentMissing, IntegrityError
-from edgewright.runtime.session import RUN_TIMEOUT_S, Launch, Session
+from edgewright.runtime.session import ADDRESS_SPACE, RUN_TIMEOUT_S, Launch, Session
 
 if TYPE_CHECKING:
     from edgewright.target import Target
 
 Report = dict[str, Any]
 Arrays = dict[str, np.ndarray]
+LIBRARIES = 4 << 30  # address space that Python, onnxruntime and its threads reserve, not use
 MEMORY_RUNS = 3  # the second run of a session may need more than the first
 
 
@@ -75,6 +77,20 @@ def open_session(manifest: Manifest, model: Path, launch: Launch) -> Session:
         threads=runtime["threads"],
         session=runtime["session"],
     )
+
+
+def native(manifest: Manifest) -> Launch:
+    """How a process for the model starts on the device itself.
+
+    The address space is no measure of memory, so its limit is wide: it stops a runaway before
+    the machine does. What counts is the peak that `check_memory` reads.
+    """
+    limit = manifest["limits"]["max_memory_bytes"] or physical_memory()
+    return Launch(address_space=min(ADDRESS_SPACE, limit + LIBRARIES))
+
+
+def physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def golden_vectors(manifest: Manifest, folder: Path, key: str) -> list[Arrays]:

@@ -27,6 +27,7 @@ from edgewright.errors import (
     from_os_error,
 )
 
+Admit = Callable[["Verified"], None]
 Sink = Callable[[str, int], AbstractContextManager[BinaryIO | None]]  # path, mode -> file
 
 
@@ -102,8 +103,13 @@ def open_bundle(path: Path) -> BinaryIO:
     return transport.plain(os.fdopen(descriptor, "rb"))
 
 
-def walk(stream: BinaryIO, sink: Sink, trust: Trust | None = None) -> Verified:
-    """Check all members in order and hand their content to files that `sink` opens."""
+def walk(
+    stream: BinaryIO, sink: Sink, trust: Trust | None = None, admit: Admit = lambda found: None
+) -> Verified:
+    """Check all members in order and hand their content to files that `sink` opens.
+
+    `admit` may refuse what the manifest says before anything behind it is read.
+    """
     first, data = read_head(stream, manifest.PATH, manifest.MAX_BYTES)
     second = tarball.read_member(stream)
     signature = None
@@ -114,6 +120,8 @@ def walk(stream: BinaryIO, sink: Sink, trust: Trust | None = None) -> Verified:
     time_stamp = content["source_date_epoch"]
     if trust is not None:
         envelope.check_dates(time_stamp, content["expires"], trust.now)
+    found = Verified(content, data, signature, signers)
+    admit(found)
     for member, part in ((first, data), (second, signature)):
         if member is not None and part is not None:
             check_time(member, time_stamp)
@@ -122,7 +130,7 @@ def walk(stream: BinaryIO, sink: Sink, trust: Trust | None = None) -> Verified:
                     file.write(part)
     following = tarball.read_member(stream) if signature is not None else second
     read_files(stream, sink, content, following)
-    return Verified(content, data, signature, signers)
+    return found
 
 
 def read_head(stream: BinaryIO, path: str, limit: int) -> tuple[tarball.Member, bytes]:

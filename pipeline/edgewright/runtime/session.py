@@ -21,6 +21,8 @@ from edgewright.errors import BadInput, EdgewrightError, EnvironmentMissing
 from edgewright.runtime import worker
 
 WORKER = Path(worker.__file__)
+# Inside the single-file device program the worker is no file: the program itself is started.
+WORDS = (str(WORKER),) if WORKER.is_file() else (str(WORKER.parents[2]), "worker")
 RUN_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 600.0
 ADDRESS_SPACE = 64 << 30  # bytes; stops a tensor of terabytes, not a normal model
@@ -35,7 +37,7 @@ class Launch:
     """
 
     python: tuple[str, ...] = (sys.executable, "-s")
-    worker: tuple[str, ...] = (str(WORKER),)
+    worker: tuple[str, ...] = WORDS
     env: Mapping[str, str] | None = None
     address_space: int = ADDRESS_SPACE
     time_factor: float = 1.0

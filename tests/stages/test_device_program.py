@@ -1,0 +1,217 @@
+"""The single-file device program: the same sources, the same answers, Python alone."""
+
+import ast
+import hashlib
+import json
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import onnx
+import pytest
+from bundles import MODEL, forged, make, pack, unpack
+
+import edgewright
+from edgewright import signing
+from edgewright.device import pack as packing
+from edgewright.device import starts, store
+from edgewright.device.install import Wish, install
+from edgewright.errors import IntegrityError
+
+ROOT = Path(edgewright.__file__).parent
+RUNTIME = {"numpy", "onnxruntime"}  # for the self-test, imported when it runs
+
+
+def with_sequence(path: Path, sequence: int) -> bytes:
+    return forged(path, lambda content: content.update(sequence=sequence))
+
+
+def weaker(path: Path, sequence: int) -> bytes:
+    """The next release, whose model computes something else than its golden outputs."""
+    files = {name: (data, mode) for name, data, mode in unpack(path)}
+    model = onnx.load_from_string(files["model/model.onnx"][0])
+    model.graph.node[1].op_type = "Neg"
+    data = model.SerializeToString()
+    files["model/model.onnx"] = (data, 0o644)
+    digest = hashlib.sha256(data).hexdigest()
+
+    def edit(content):
+        content["sequence"] = sequence
+        content["model"].update(bytes=len(data), sha256=digest)
+        for entry in content["files"]:
+            if entry["path"] == "model/model.onnx":
+                entry.update(size=len(data), sha256=digest)
+
+    middle = path.with_name("middle.tar")
+    middle.write_bytes(pack([(n, d, m) for n, (d, m) in files.items()]))
+    return forged(middle, edit)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with the program, keys and signed bundles."""
+    pytest.importorskip("cryptography")
+    folder = tmp_path_factory.mktemp("device")
+    (folder / "device.pyz").write_bytes(packing.program())
+    plain = make(folder / "source")
+    signing.keygen(folder / "key")
+    key = signing.signer(str(folder / "key"), {})
+    bundles = {f"s{k}": with_sequence(plain, k) for k in (1, 2)}
+    bundles["bad"] = weaker(plain, 3)
+    for name, data in bundles.items():
+        path = folder / f"{name}.bundle.tar"
+        path.write_bytes(data)
+        signing.sign_bundle(path, [key], any_verdict=True)
+    (folder / "unsigned.bundle.tar").write_bytes(plain.read_bytes())
+    (folder / "broken.bundle.tar").write_bytes((folder / "s1.bundle.tar").read_bytes()[:-600])
+    return folder
+
+
+def device(place: Path, *words: str, bare: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the program as a device does: far from this package; `bare`: no packages at all."""
+    start = [sys.executable, "-I", *(["-S"] if bare else []), str(place / "device.pyz"), *words]
+    return subprocess.run(start, cwd=place, capture_output=True, text=True)
+
+
+def package(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "edgewright", *words]
+    return subprocess.run(start, cwd=place, capture_output=True, text=True)
+
+
+def test_same_sources_same_bytes(place):
+    assert (place / "device.pyz").read_bytes() == packing.program()
+    done = package(place, "device-program", "-o", "again.pyz")
+    assert done.returncode == 0, done.stderr
+    assert (place / "again.pyz").read_bytes() == packing.program()
+    assert (place / "again.pyz").stat().st_mode & 0o111
+    with zipfile.ZipFile(place / "device.pyz") as archive:
+        names = [name.removeprefix("edgewright/") for name in archive.namelist()[1:]]
+        assert names == list(packing.FILES)
+        assert all(archive.read(f"edgewright/{n}") == (ROOT / n).read_bytes() for n in names)
+
+
+def test_it_imports_what_it_holds_and_the_standard_library():
+    held = {"edgewright." + name[:-3].replace("/", ".") for name in packing.FILES}
+    held |= {name.removesuffix(".__init__") for name in held}
+    for name in packing.FILES:
+        if not name.endswith(".py"):
+            continue
+        tree = ast.parse((ROOT / name).read_text())
+        typing = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if id(node) in typing:
+                continue
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                found = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for one in found:
+                top = one.split(".")[0]
+                if top != "edgewright":
+                    assert top in sys.stdlib_module_names | RUNTIME, (name, one)
+                elif one != "edgewright.bundle.assemble":  # when a bundle is made
+                    assert one in held or (is_name(one) and one.rpartition(".")[0] in held), one
+
+
+def is_name(dotted: str) -> bool:
+    """Whether this is a name in a module, no module itself."""
+    path = ROOT.parent / dotted.replace(".", "/")
+    return not path.with_suffix(".py").exists() and not path.is_dir()
+
+
+def test_nothing_but_the_standard_library_is_there(place):
+    """`-I -S`: the interpreter that the tests below run in knows no packages."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", "import numpy"], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert sysconfig.get_path("purelib") not in done.stdout
+
+
+COMMANDS = [
+    ("verify", "s1.bundle.tar", "--trust", "key.pub", "--json"),
+    ("verify", "unsigned.bundle.tar", "--trust", "key.pub"),
+    ("verify", "broken.bundle.tar"),
+    ("verify", "nowhere.bundle.tar"),
+    ("install", "unsigned.bundle.tar", "--root", "ROOT", "--trust", "key.pub", "--no-self-test"),
+    ("install", "s2.bundle.tar", "--root", "ROOT", "--no-self-test"),
+    ("install", "s2.bundle.tar", "--root", "ROOT", "--trust", "key.pub", "--no-self-test"),
+    ("install", "s1.bundle.tar", "--root", "ROOT", "--trust", "key.pub", "--no-self-test"),
+    ("start-check", "--root", "ROOT"),
+    ("mark-good", "--root", "ROOT", "--json"),
+    ("rollback", "--root", "ROOT"),
+    ("status", "--root", "ROOT", "--check"),
+    ("status",),
+    ("install", "--no-such-option"),
+]
+
+
+def test_the_same_answers_as_the_package(place):
+    """Every command, in order, on a root of each: same exit code, same result, same message."""
+    codes = []
+    for words in COMMANDS:
+        file, full = (
+            run(place, *[w.replace("ROOT", root) for w in words])
+            for run, root in ((device, "root-file"), (package, "root-full"))
+        )
+        assert file.returncode == full.returncode, (words, file.stderr, full.stderr)
+        if file.returncode == 0:
+            assert file.stdout.replace("root-file", "root-full") == full.stdout, words
+        else:
+            one, other = (
+                text.replace("root-file", "root-full").replace("edgewright-device", "edgewright")
+                for text in (file.stderr, full.stderr)
+            )
+            assert one == other or (words[0] == "verify" and "nowhere" in words[1]), words
+            assert file.stderr.count("\n") == 1 and "Traceback" not in file.stderr
+        codes.append(file.returncode)
+    assert codes == [0, 5, 5, 3, 5, 2, 0, 5, 0, 0, 6, 0, 2, 2]
+
+
+def test_golden_vectors_in_the_single_file(place):
+    """With numpy and onnxruntime there: proven in a child of its own, then switched to."""
+    done = device(
+        place,
+        *("install", "s1.bundle.tar", "--root", "proven", "--trust", "key.pub", "--json"),
+        bare=False,
+    )
+    assert done.returncode == 0, done.stderr
+    proof = json.loads(done.stdout)["self_test"]
+    assert proof["ok"] and proof["vectors"] == 5 and proof["exact"]
+    again = device(place, "self-test", "--root", "proven", bare=False)
+    assert again.returncode == 0 and "5 golden vectors" in again.stdout
+    whole = device(place, "self-test", "s2.bundle.tar", bare=False)
+    assert whole.returncode == 0 and "5 golden vectors" in whole.stdout
+
+
+def test_without_a_runtime(place):
+    words = ("install", "s1.bundle.tar", "--root", "bare", "--trust", "key.pub")
+    done = device(place, *words)
+    assert done.returncode == 6 and "onnxruntime" in done.stderr
+    assert not (place / "bare/current").exists() and not list((place / "bare/staging").iterdir())
+
+
+def test_a_release_that_fails_its_golden_vectors_never_runs(place):
+    root = place / "guarded"
+    wish = Wish(trust=[place / "key.pub"])
+    good = install(place / "s2.bundle.tar", root, wish)["release"]
+    with pytest.raises(IntegrityError, match="golden vector 1 of 5"):
+        install(place / "bad.bundle.tar", root, wish)
+    assert store.linked(root) == good
+    assert not list((root / "staging").iterdir())
+    assert [p.name for p in (root / "releases").iterdir()] == [good]
+    # Installed all the same, without the test: what runs at the next boot finds out.
+    install(place / "bad.bundle.tar", root, Wish(trust=[place / "key.pub"], self_test=False))
+    with pytest.raises(IntegrityError, match=f"golden vector 1 of 5.* went back to {good}"):
+        starts.self_test(root, go_back=True)
+    assert store.linked(root) == good
+    assert "Relu" in MODEL
