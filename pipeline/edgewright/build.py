@@ -86,7 +86,15 @@ STAGES = {
         models={"export": "export", "previous": "newest"},
     ),
     "quantize": Needs(
-        settings=("quantize", "min_retained", "calibration", "evaluation", "device", "host"),
+        settings=(
+            "quantize",
+            "share",
+            "min_retained",
+            "calibration",
+            "evaluation",
+            "device",
+            "host",
+        ),
         models={"export": "export", "previous": "newest"},
     ),
     "validate": Needs(

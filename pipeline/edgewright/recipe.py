@@ -56,8 +56,10 @@ class QuantizeSettings:
     an int8 kernel for; off = stay float; a list of patterns = only the nodes whose name or
     operator type matches one (shell-style wildcards). exclude: patterns of nodes to keep float.
     corrections: try equalization, bias correction and rounding by output error, each kept only
-    where it helps. max_samples: calibration samples to use, 0 for all. measure: let a clock
-    drop what does not pay (scope auto, local targets); false: rules only, alike everywhere.
+    where it helps; "bias": only what leaves the weights as they are, which is also what happens
+    to weights that a codebook of [share] made. max_samples: calibration samples to use, 0 for
+    all. measure: let a clock drop what does not pay (scope auto, local targets); false: rules
+    only, alike everywhere.
     weights_only: int8 weights in the file, float arithmetic, in the layers of the scope; without
     calibration, and whether or not it is faster: a quarter of the size is what is asked for.
     processes: to calibrate in, 0 for as many as have a core each and 300 MB together beside the
@@ -68,7 +70,7 @@ class QuantizeSettings:
     exclude: tuple[str, ...] = ()
     ranges: Literal["mse", "minmax", "moving-average", "percentile", "entropy"] = "mse"
     percentile: float = 99.99
-    corrections: bool = True
+    corrections: bool | Literal["bias"] = True
     max_samples: int = 0
     measure: bool = True
     weights_only: bool = False

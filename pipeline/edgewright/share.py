@@ -185,12 +185,14 @@ def clusters(
     scales = {name: channel_peaks(weights[name], axis) for name, axis in axes.items()}
     book: np.ndarray | None = None
     if scope == "model":
-        book = k_means(np.concatenate([(weights[n] / scales[n]).ravel() for n in axes]), entries)
+        book = codebook_of(
+            np.concatenate([(weights[n] / scales[n]).ravel() for n in axes]), entries
+        )
     found = {}
     for k, (name, weight) in enumerate(weights.items()):
         tell(f"clustering weights into {entries} values", k, len(axes))
         shares = weight / scales[name]
-        codebook = k_means(shares.ravel(), entries) if book is None else book
+        codebook = codebook_of(shares.ravel(), entries) if book is None else book
         codes = nearest(shares, codebook)
         found[name] = Clustered(codes.astype(np.uint8), codebook, scales[name])
     return found
@@ -201,6 +203,19 @@ def channel_peaks(weight: np.ndarray, axis: int) -> np.ndarray:
     others = tuple(i for i in range(weight.ndim) if i != axis)
     peak = np.abs(weight).max(axis=others, keepdims=True)
     return np.where(peak > 0, peak, 1).astype(np.float32)
+
+
+def codebook_of(shares: np.ndarray, entries: int) -> np.ndarray:
+    """The values that shares of a channel's peak take: -1, 1 and the centres of the others.
+
+    With the peak itself among them each channel keeps its int8 scale, so that int8 codes made
+    of the clustered weights are no more different values than the codebook has.
+    """
+    if entries < 4:
+        return k_means(shares, entries)
+    inner = shares[np.abs(shares) < 1]
+    centres = k_means(inner, entries - 2) if inner.size else inner
+    return np.unique(np.append(centres, [-1, 1]).astype(np.float32))
 
 
 def k_means(values: np.ndarray, entries: int) -> np.ndarray:

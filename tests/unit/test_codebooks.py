@@ -109,3 +109,13 @@ def test_row_says_entropy_and_error() -> None:
     one = share.Clustered(codes, np.zeros(4, np.float32), np.ones((32, 1, 1, 1), np.float32))
     row = share.row(source, "w", one)
     assert (row["entropy_bits"], row["relative_error"], row["entries"]) == (2.0, 1.0, 4)
+
+
+def test_each_channel_keeps_its_peak_so_int8_codes_stay_few() -> None:
+    source = model()
+    found = share.clusters(source, {"w": 0}, 16, "layer", quiet)["w"].values()
+    weight = numpy_helper.to_array(source.graph.initializer[0])
+    peaks = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
+    assert np.array_equal(np.abs(found).max(axis=(1, 2, 3), keepdims=True), peaks)
+    codes = np.round(found / (peaks / np.float32(127)))
+    assert len(np.unique(codes)) <= 16

@@ -450,7 +450,7 @@ def test_compression_is_told_stage_by_stage() -> None:
     for name, one in (("prune", prune), ("recover", recover), ("share", share)):
         report["stages"].insert(2, {"stage": name, "cached": False, "report": one})
     page = html.render(report)
-    for text in (
+    for words in (
         "60.00 % of the macs; 59.80 % is left",
         "w&lt;1&gt;",
         "no rule for this operator",
@@ -458,5 +458,5 @@ def test_compression_is_told_stage_by_stage() -> None:
         "1 of 2",
         "100 B before, 20 B after",
     ):
-        assert text in page, text
+        assert words in page, words
     assert "Compression beyond int8" not in html.render(full())

@@ -51,6 +51,7 @@ MUST_PAY = 0.97  # int8 that is not clearly faster is not worth what it costs th
 
 def run(job: Job) -> Report:
     """The stage: an int8 model, or the float one with the reason."""
+    job = keeping_clusters(job)
     source, scheme, settings = job.input_model(), job.target.int8, job.recipe.quantize
     if settings.scope == "off":
         return stay_float(job, "the recipe says scope = 'off'")
@@ -197,6 +198,16 @@ def only_weights(job: Job) -> Report:
     }
 
 
+def keeping_clusters(job: Job) -> Job:
+    """The job with only such corrections as leave weights alone, where `share` clustered them:
+    other weights would have other codes, and take the entropy back that clustering took out.
+    """
+    share, settings = job.recipe.share, job.recipe.quantize
+    if share is None or not share.codebook or settings.corrections is not True:
+        return job
+    return replace(job, recipe=replace(job.recipe, quantize=replace(settings, corrections="bias")))
+
+
 def who_decides(job: Job) -> Report:
     """Whether a clock takes part in choosing layers, and why not; no regions priced yet."""
     settings = job.recipe.quantize
@@ -318,7 +329,7 @@ def equalized(
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     pairs = 0
-    if job.recipe.quantize.corrections:
+    if job.recipe.quantize.corrections is True:
         pairs = equalize(changed, plan.nodes, calibration(job, model))
     if pairs == 0:
         return ingredients, plan, []

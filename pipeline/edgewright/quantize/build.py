@@ -160,7 +160,8 @@ def adjust(
     score = judge(ingredients, best)
     kept: list[str] = []
     tried: list[dict[str, object]] = []
-    for name in TRIED if ingredients.settings.corrections else ():
+    asked = ingredients.settings.corrections
+    for name in TRIED if asked is True else TRIED[:1] if asked else ():
         names = [n for n in CORRECTIONS if n in (name, *kept)]
         row: dict[str, object] = {"correction": name, "kept": False}
         if len(names) > 1:

@@ -23,7 +23,7 @@ def smoothed(
     ingredients: build.Ingredients, plan: Placement, feeds: Feeds, tell: build.Tell
 ) -> tuple[build.Ingredients, list[dict[str, Any]]]:
     """The ingredients with activations smoothed by the best alpha, where one helps."""
-    if not ingredients.settings.corrections:
+    if ingredients.settings.corrections is not True:
         return ingredients, []
     folds, refused = find_folds(ingredients.model, plan.nodes)
     if not folds and not refused:
