@@ -130,9 +130,10 @@ STAGES = {
         reports=("quantize", "validate", "measure", "baseline-validate", "baseline-measure"),
     ),
     "bundle": Needs(
-        settings=("release", "calibration", "share", "gate", "profile", "host", "epoch"),
+        settings=("recipe", "release", "source", "calibration", "evaluation")
+        + ("profile", "host", "epoch"),
         models={"previous": "newest"},
-        reports=("quantize", "gate"),
+        reports=("export", "simplify", "prune", "recover", "share", "quantize", "validate", "gate"),
     ),
 }
 

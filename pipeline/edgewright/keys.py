@@ -54,6 +54,7 @@ def versions(recipe: Recipe) -> dict[str, str]:
 
 
 FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
+    "recipe": lambda recipe, _: recipe.raw,
     "release": lambda recipe, _: [
         recipe.model.name,
         recipe.model.version,

@@ -44,7 +44,7 @@ def here(**budget) -> Target:
 def make(folder: Path, text: str = MODEL, samples: int = 5, **facts) -> Path:
     """Build a bundle of a model in ONNX text below `folder`; its path."""
     source, out = folder / "source", folder / "out"
-    source.mkdir(parents=True)
+    source.mkdir(parents=True, exist_ok=True)
     out.mkdir()
     model = onnx.parser.parse_model(text)
     onnx.save(model, source / "model.onnx")

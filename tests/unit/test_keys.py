@@ -16,7 +16,11 @@ from edgewright.recipe import load_recipe
 from edgewright.target import load_target
 
 
-def facts(recipe: Path, names: tuple[str, ...] = tuple(keys.FACTS)) -> dict[str, object]:
+# The recipe as a whole, which the bundle states, changes with everything.
+NAMES = tuple(name for name in keys.FACTS if name != "recipe")
+
+
+def facts(recipe: Path, names: tuple[str, ...] = NAMES) -> dict[str, object]:
     loaded, target = load_recipe(recipe), load_target("cpu")
     return {name: keys.FACTS[name](loaded, target) for name in names}
 

@@ -1,6 +1,5 @@
 """Making a bundle: its files, the manifest that names them, the archive around them."""
 
-import importlib.metadata
 import os
 import re
 from dataclasses import dataclass
@@ -9,16 +8,27 @@ from typing import Any
 
 import onnx
 
-from edgewright import data
+from edgewright import data, keys
 from edgewright import model as models
-from edgewright.bundle import evidence, golden, manifest, tarball, transport
-from edgewright.errors import BadInput, UsageError
+from edgewright.bundle import (
+    bom,
+    evidence,
+    golden,
+    manifest,
+    packages,
+    provenance,
+    tarball,
+    transport,
+)
+from edgewright.errors import BadInput, IntegrityError, UsageError
 from edgewright.recipe import expiry
 from edgewright.runtime.launch import open_on_target
 from edgewright.runtime.session import RUN_TIMEOUT_S
 from edgewright.stage import Job, Report
 
 MODE = 0o644
+PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----")
+DATA = ("calibration", "evaluation")
 QUANTIZING = re.compile(r"[Qq]uantize|Integer|^Q[A-Z]|NBits")
 
 
@@ -39,23 +49,43 @@ def run(job: Job) -> Report:
     path = job.input_model()
     model = load(path)
     proof = prove(job, path, model)
+    found = packages.packages(job.target, proof.made_with["runtime"])
     files: dict[str, bytes | Path] = {
         manifest.MODEL: path,
         manifest.GOLDEN_INPUTS: golden.write_npz(golden.stack(proof.feeds)),
         manifest.GOLDEN_OUTPUTS: golden.write_npz(golden.stack(proof.outputs)),
-        manifest.LOCK: lock(proof.made_with["runtime"]),
+        manifest.LOCK: packages.lock(found),
         manifest.OPERATORS: operators_config(model),
+        **licenses(job, found),
     }
-    verdict = None
+    verdict, gate = None, None
     if gate_report := job.reports.get("gate"):
-        files[manifest.GATE_REPORT] = manifest.canonical(evidence.public(gate_report))
+        gate = evidence.public(gate_report)
+        files[manifest.GATE_REPORT] = manifest.canonical(gate)
         verdict = {"verdict": gate_report["verdict"], "report": manifest.GATE_REPORT}
-    entries = [entry(name, source) for name, source in sorted(files.items())]
-    text = manifest.dump(
-        describe(job, model, proof, verdict, time_stamp, {e["path"]: e for e in entries})
+    entries = {name: entry(name, source) for name, source in files.items()}
+    facts = describe(job, model, proof, verdict, time_stamp, entries)
+    bench = evidence.benchmark(job.reports, {**facts["model"], "nodes": len(model.graph.node)})
+    sources = read_by(job)
+    files[manifest.BENCHMARK] = manifest.canonical(bench)
+    files[manifest.PAGE] = evidence.page(facts, bench, gate)
+    files[manifest.SBOM] = bom.bom(
+        facts,
+        found,
+        [row for row in sources if row[0] in DATA],
+        job.reports,
+        job.recipe.release.license,
     )
+    entries = {name: entry(name, source) for name, source in sorted(files.items())}
+    files[manifest.PROVENANCE] = provenance.statement(
+        job.recipe, job.target, list(entries.values()), sources, job.reports
+    )
+    entries[manifest.PROVENANCE] = entry(manifest.PROVENANCE, files[manifest.PROVENANCE])
+    refuse_keys(files)
+    rows = [entries[name] for name in sorted(entries)]
+    text = manifest.dump({**facts, "files": rows})
     members: list[tuple[tarball.Member, bytes | Path, str]] = []
-    for row in (entry(manifest.PATH, text), *entries):
+    for row in (entry(manifest.PATH, text), *rows):
         member = tarball.Member(row["path"], row["size"], MODE, time_stamp)
         source = text if row["path"] == manifest.PATH else files[row["path"]]
         members.append((member, source, row["sha256"]))
@@ -72,7 +102,7 @@ def run(job: Job) -> Report:
         "sha256": digest,
         "bytes": out.stat().st_size,
         "compressed": sent,
-        "files": entries,
+        "files": rows,
         "golden": {"count": len(proof.feeds), "tolerances": proof.tolerances},
         "notes": remarks(job, proof),
     }
@@ -166,6 +196,8 @@ def remarks(job: Job, proof: Proof) -> list[dict[str, str]]:
         texts.append(f"golden vectors: {count}, as the calibration data holds no more samples")
     if job.target.runtime.provider == "CPUExecutionProvider" and not proof.made_with["exact"]:
         texts.append("two runs differ in the last bits, so golden outputs hold by tolerance only")
+    if not job.recipe.release.license:
+        texts.append("the model's licence is not known: the recipe has no release.license")
     if not job.reports.get("gate"):
         texts.append("bundled without a gate: nothing says that it may ship")
     return [{"level": "warning", "text": text} for text in texts]
@@ -176,10 +208,47 @@ def is_quantized(model: onnx.ModelProto) -> bool:
     return any(QUANTIZING.search(node.op_type) for node in models.all_nodes(model.graph))
 
 
-def lock(runtime: str) -> bytes:
-    """The Python packages the golden vectors were made with; hashes come with the signature."""
-    numpy = importlib.metadata.version("numpy")
-    return f"numpy=={numpy}\nonnxruntime=={runtime}\n".encode()
+def licenses(job: Job, found: list[packages.Package]) -> dict[str, bytes]:
+    """The licence texts of the model, where the recipe names one, and of what runs it."""
+    texts = {name: text for one in found for name, text in one.texts.items()}
+    if file := job.recipe.release.license_file:
+        path = job.recipe.path(file)
+        if not path.is_file():
+            raise BadInput(f"release.license_file not found: {path}", hint="check the recipe")
+        texts["model.txt"] = path.read_bytes()
+    return {manifest.LICENSES + name: text for name, text in texts.items()}
+
+
+def read_by(job: Job) -> list[tuple[str, str, str]]:
+    """What the build read, as far as it is known here: use, file name, SHA-256."""
+    settings = job.recipe.data
+    wanted = [("calibration", settings.calibration)]
+    if "export" in job.reports:
+        wanted.append(("source", job.recipe.model.source))
+    if "validate" in job.reports:
+        wanted += [("evaluation", settings.evaluation), ("metric", settings.metric)]
+    found = []
+    for use, source in wanted:
+        if source:
+            digest, *beside = keys.content(job.recipe, source).splitlines()
+            found.append((use, Path(source).name, digest))
+            for line in beside:  # weights in other files
+                name, _, digest = line.rpartition(":")
+                found.append((use, name, digest))
+    return found
+
+
+def refuse_keys(files: dict[str, bytes | Path]) -> None:
+    """IntegrityError where a file holds a private key: what ships is read by everyone."""
+    for name, source in files.items():
+        last = b""
+        for block in tarball.source_blocks(source):
+            if PRIVATE_KEY.search(last + block):
+                raise IntegrityError(
+                    f"{name} would carry a private key into the bundle",
+                    hint="take the key out of what the recipe names, and use another key",
+                )
+            last = block[-64:]
 
 
 def domain_name(domain: str) -> str:
@@ -262,7 +331,7 @@ def describe(
         },
         "limits": limits(job),
         "gate": verdict,
-        "files": list(entries.values()),
+        "files": [],
     }
 
 

@@ -39,6 +39,7 @@ PROVENANCE = "provenance.intoto.json"
 LICENSES = "LICENSES/"
 RUNNER = "bin/"
 BENCHMARK = "report/bench.json"
+PAGE = "report/report.html"
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16

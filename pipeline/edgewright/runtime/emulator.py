@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from edgewright.errors import BadInput, EnvironmentMissing, IntegrityError
+from edgewright.files import sha256_of
 from edgewright.runtime.session import Launch
 from edgewright.target import RunSettings, Target, target_names
 
@@ -341,8 +342,9 @@ def build_guest(target: Target, guest: Path, tell: Tell) -> None:
     for wheel in wheels:
         unpack_wheel(wheel, guest / "site")
     shutil.rmtree(guest / "apt")
+    digests = {wheel.name: sha256_of(wheel) for wheel in wheels}
     shutil.rmtree(guest / "wheels")
-    contents = {"python": python, "wheels": sorted(wheel.name for wheel in wheels)}
+    contents = {"python": python, "wheels": sorted(digests), "sha256": digests}
     (guest / "guest.json").write_text(json.dumps(contents, indent=1) + "\n")
     tell("checking onnxruntime under emulation")
     qemu = find_qemu("aarch64")

@@ -1,0 +1,133 @@
+"""The Python packages that the golden vectors were made with, for a device to install the same.
+
+What an installation knows of itself: version, wheel tags, licence, and the digests of all its
+files (RECORD, as PEP 376 and the wheel format have it). The SHA-256 of the wheel file itself is
+known only where this project downloaded it (emulated targets); elsewhere the lock says so, and a
+device compares the digest over RECORD, which is the same for every installation of one wheel.
+"""
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgewright.runtime import emulator
+from edgewright.target import Target
+
+# Written by the installer, so no part of the wheel.
+BY_INSTALLER = ("INSTALLER", "REQUESTED", "RECORD", "direct_url.json", "uv_cache.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """One package; None or empty: not known here."""
+
+    name: str
+    version: str
+    wheel: str = ""
+    wheel_sha256: str | None = None
+    record_sha256: str | None = None
+    license: str = ""
+    texts: dict[str, bytes] = field(default_factory=dict)
+
+
+def packages(target: Target, runtime: str) -> list[Package]:
+    """numpy and the runtime, of version `runtime`, as the target runs them."""
+    wanted = {"numpy": ("numpy",), "onnxruntime": emulator.ORT_PACKAGES}
+    if target.run.how == "ssh":  # installed there, and nothing of it is seen from here
+        return [Package(name="onnxruntime", version=runtime)]
+    site, hashes = None, {}
+    if target.run.how == "emulate":
+        guest = emulator.guest_folder()
+        site = guest / "site"
+        hashes = json.loads((guest / "guest.json").read_text()).get("sha256", {})
+    found = []
+    for names in wanted.values():
+        package = next((p for name in names if (p := installed(name, site, hashes))), None)
+        if package is not None:
+            found.append(package)
+    return found
+
+
+def installed(name: str, site: Path | None, hashes: dict[str, str]) -> Package | None:
+    """What the installation says; in the folder `site`, None: in this Python."""
+    where = [str(site)] if site else sys.path
+    dist = next(iter(importlib.metadata.distributions(name=name, path=where)), None)
+    if dist is None:
+        return None
+    wheel = wheel_name(dist)
+    meta = dist.metadata
+    return Package(
+        name=name,
+        version=dist.version,
+        wheel=wheel,
+        wheel_sha256=hashes.get(wheel),
+        record_sha256=record_digest(dist.read_text("RECORD")),
+        license=stated(meta, "License-Expression") or stated(meta, "License"),
+        texts=license_texts(dist),
+    )
+
+
+def stated(meta: Any, key: str) -> str:
+    """A licence's name, empty where the package states none; some put the whole text there."""
+    return (meta[key] or "").strip().partition("\n")[0][:100] if key in meta else ""
+
+
+def wheel_name(dist: importlib.metadata.Distribution) -> str:
+    """The name of the wheel file, from the tags in its WHEEL; empty where there is none."""
+    lines = (dist.read_text("WHEEL") or "").splitlines()
+    tags = [line.removeprefix("Tag: ").strip() for line in lines if line.startswith("Tag: ")]
+    if not tags:
+        return ""
+    parts = [sorted({tag.split("-")[k] for tag in tags}) for k in range(3)]
+    tag = "-".join(".".join(part) for part in parts)
+    return f"{dist.metadata['Name'].replace('-', '_')}-{dist.version}-{tag}.whl"
+
+
+def record_digest(record: str | None) -> str | None:
+    """SHA-256 over the sorted lines `path,hash,size` of what the wheel itself brought."""
+    if record is None:
+        return None
+    rows = [row for row in csv.reader(record.splitlines()) if len(row) == 3 and row[1]]
+    return hashlib.sha256("".join(sorted(kept(rows))).encode()).hexdigest()
+
+
+def kept(rows: Iterable[list[str]]) -> Iterable[str]:
+    """The lines of a RECORD that are the same wherever the wheel is installed."""
+    for path, digest, size in rows:
+        name = path.rpartition("/")[2]
+        if path.startswith(("..", "/")) or name.endswith(".pyc"):
+            continue  # scripts and compiled files, made by the installer
+        if ".dist-info/" in path and name in BY_INSTALLER:
+            continue
+        yield f"{path},{digest},{size}\n"
+
+
+def license_texts(dist: importlib.metadata.Distribution) -> dict[str, bytes]:
+    """The package's own licence text, by the name it gets in the bundle."""
+    files = [f for f in dist.files or [] if f.name.upper().startswith(("LICENSE", "COPYING"))]
+    if not files:
+        return {}
+    first = min(files, key=lambda f: (len(f.parts), str(f)))
+    return {f"{dist.metadata['Name']}.txt": Path(str(dist.locate_file(first))).read_bytes()}
+
+
+def lock(found: Iterable[Package]) -> bytes:
+    """The packages as pip reads them (`pip install -r`), what is known of each above its line."""
+    lines = ["# What the golden outputs were made with."]
+    for one in found:
+        lines.append("#")
+        lines.append(f"# wheel: {one.wheel or 'not known'}")
+        if one.record_sha256:
+            lines.append(f"# files of the wheel (RECORD): sha256:{one.record_sha256}")
+        if one.wheel_sha256:
+            lines.append(f"{one.name}=={one.version} --hash=sha256:{one.wheel_sha256}")
+        else:
+            lines.append("# sha256 of the wheel: not known, this machine had it installed already")
+            lines.append(f"{one.name}=={one.version}")
+    return ("\n".join(lines) + "\n").encode()
