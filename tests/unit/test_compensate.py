@@ -9,6 +9,7 @@ import onnx
 import onnx.parser
 import onnxruntime
 import pytest
+from graphs import normal, parsed
 from onnx import numpy_helper
 
 from edgewright import shelf as shelf_module
@@ -21,20 +22,6 @@ from edgewright.recover.moments import Moments, fit
 from edgewright.stage import say_nothing
 
 Kept = dict[tuple[str, int], np.ndarray]
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def parsed(text: str, **stored: np.ndarray) -> onnx.ModelProto:
-    """A model from ONNX text, its weights given as arrays."""
-    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{text}')
-    for name, value in stored.items():
-        model.graph.initializer.append(numpy_helper.from_array(value, name))
-    for k, node in enumerate(model.graph.node):
-        node.name = f"n{k}"
-    return model
 
 
 def sliced(model: onnx.ModelProto, kept: Kept) -> onnx.ModelProto:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from onnx import numpy_helper
+from graphs import normal, parsed
 
 from edgewright.errors import BadInput
 from edgewright.prune import obs
@@ -14,19 +14,6 @@ from edgewright.prune.criteria import CRITERIA, GRADIENT, scores
 from edgewright.prune.labels import analyse
 from edgewright.prune.obs import Reader, losses
 from edgewright.stage import say_nothing
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def parsed(text: str, **stored: np.ndarray) -> onnx.ModelProto:
-    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{text}')
-    for name, value in stored.items():
-        model.graph.initializer.append(numpy_helper.from_array(value, name))
-    for k, node in enumerate(model.graph.node):
-        node.name = f"n{k}"
-    return model
 
 
 def two_layers(first: list, second: list) -> onnx.ModelProto:

@@ -15,7 +15,6 @@ from edgewright.errors import BadInput
 from edgewright.recipe import load_recipe
 from edgewright.target import load_target
 
-
 # The recipe as a whole, which the bundle states, changes with everything.
 NAMES = tuple(name for name in keys.FACTS if name != "recipe")
 

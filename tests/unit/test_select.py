@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from graphs import normal, parsed
 from onnx import numpy_helper
 
 from edgewright.errors import BadInput
@@ -16,19 +17,6 @@ from edgewright.prune.labels import Analysis, analyse
 from edgewright.prune.select import Selection, for_latency, select
 from edgewright.target import load_target, target_names
 from edgewright.work import work
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def parsed(text: str, **stored: np.ndarray) -> onnx.ModelProto:
-    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{text}')
-    for name, value in stored.items():
-        model.graph.initializer.append(numpy_helper.from_array(value, name))
-    for k, node in enumerate(model.graph.node):
-        node.name = f"n{k}"
-    return model
 
 
 def conv_net() -> onnx.ModelProto:

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from graphs import normal, parsed
 from onnx import numpy_helper
 
 from edgewright.model import initializers
@@ -14,19 +15,6 @@ from edgewright.prune.sensitivity import difference, rescale
 from edgewright.recover.channelwise import Spread, apply, find_channelwise, refit
 from edgewright.recover.compensate import compensate
 from edgewright.stage import say_nothing
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def parsed(text: str, **stored: np.ndarray) -> onnx.ModelProto:
-    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{text}')
-    for name, value in stored.items():
-        model.graph.initializer.append(numpy_helper.from_array(value, name))
-    for k, node in enumerate(model.graph.node):
-        node.name = f"n{k}"
-    return model
 
 
 def test_a_branch_that_hardly_reaches_the_output_is_cheap() -> None:

@@ -29,8 +29,8 @@ def render(report: tables.Report) -> str:
 
 
 @cache
-def template() -> jinja2.Template:
-    """The page with everything left out; an unknown name in it is an error."""
+def template(name: str = TEMPLATE) -> jinja2.Template:
+    """A page with everything left out; an unknown name in it is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -38,7 +38,7 @@ def template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE)
+    return environment.get_template(name)
 
 
 def view(report: tables.Report) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """A ladder of pruning budgets: one row per build, and the page that draws them."""
 
-from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from edgewright.report import plots, tables
+from edgewright.report.html import template
 from edgewright.report.tables import find, number, plain
 
 TEMPLATE = "sweep.html.j2"
@@ -54,14 +53,7 @@ HEADS = ("budget", "metric kept", "latency", "size", "work", "verdict")
 
 def page(name: str, target: str, of: str, ladder: list[Row]) -> str:
     """The page of a sweep: what is kept against latency and size, and the table behind it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         name=plain(name),
         target=plain(target),
         of=plain(of),
