@@ -506,15 +506,39 @@ def admitted(models: dict[str, Path], line: Line) -> dict[str, Path]:
     return {name: copies[path] for name, path in models.items()}
 
 
-def inspect(model: Path, target: Target) -> Report:
-    """What `inspection` says of an untrusted model file."""
+def no_recipe(source: str) -> Recipe:
+    """What stages that look at files only get in place of a recipe."""
     raw = {
-        "model": {"name": "inspected", "version": "0", "source": str(model)},
+        "model": {"name": "inspected", "version": "0", "source": source},
         "data": {"calibration": ""},
     }
+    return parse_recipe(raw, Path.cwd())
+
+
+def pool(models: dict[str, Path], target: Target, out: Path, watch: Watch) -> Report:
+    """Store the equal tensors of untrusted models once, in the new folder `out`; the report."""
+    with tempfile.TemporaryDirectory(prefix="edgewright-", dir=out.absolute().parent) as name:
+        work = Path(name)
+        line = Line(no_recipe(""), target, work, work, None, watch)
+        copies = admitted(models, line)
+        made = work / "pool"
+        made.mkdir(mode=0o755)
+        job = Job(recipe=line.recipe, target=target, folder=made, models=copies)
+
+        def tell(text: str, done: int, total: int) -> None:
+            watch(Event(kind="step", stage="pool", text=text, done=done, total=total))
+
+        report = run_in_child("pool", job, tell)
+        flush_files(made)
+        made.rename(out)
+        return report
+
+
+def inspect(model: Path, target: Target) -> Report:
+    """What `inspection` says of an untrusted model file."""
     with tempfile.TemporaryDirectory(prefix="edgewright-") as name:
         job = Job(
-            recipe=parse_recipe(raw, Path.cwd()),
+            recipe=no_recipe(str(model)),
             target=target,
             folder=Path(name),
             model=model.absolute(),

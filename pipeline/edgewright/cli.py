@@ -464,6 +464,48 @@ def share(model: Path, recipe_path: Path, target_name: str, output: Path, as_jso
 
 
 @cli.command()
+@click.argument("models", metavar="MODEL...", type=PATH, nargs=-1, required=True)
+@click.option("-o", "--output", type=PATH, required=True, help="A new folder to write.")
+@options("json")
+def pool(models: tuple[Path, ...], output: Path, as_json: bool) -> None:
+    """Store the tensors that several MODELs have in common once.
+
+    The folder holds each model and weights.bin, which all of them read.
+
+    \b
+    edgewright pool keyword.onnx speaker.onnx -o pool
+    """
+    from edgewright.build import pool as pooled
+    from edgewright.console import watching
+
+    named = {path.stem: path for path in models}
+    if len(named) < len(models) or len(models) < 2:
+        raise UsageError(
+            "pool", expected="two models or more with different names", found=f"{len(models)}"
+        )
+    for path in models:
+        if not path.exists():
+            raise BadInput(f"model not found: {path}", hint="check the path")
+    if output.exists():
+        raise UsageError(f"{output} exists", expected="a new folder", hint="name another one")
+    if not output.absolute().parent.is_dir():
+        raise BadInput(f"no folder {output.absolute().parent}", hint="make it first")
+    target = load_target("cpu")
+    with watching(target.name) as watch:
+        report = pooled(named, target, output, watch)
+    if as_json:
+        emit_json(report)
+        return
+    saved = report["separate_bytes"] - report["pooled_bytes"]
+    rows = [("model", "stored bytes", "of these shared", "tensors shared")]
+    for row in report["models"]:
+        numbers = (row["stored_bytes"], row["shared_bytes"], row["shared_tensors"])
+        rows.append((row["model"], *(str(number) for number in numbers)))
+    emit_table(rows)
+    emit_table([("all together", f"{report['pooled_bytes']} bytes, {saved} fewer than apart")])
+
+
+@cli.command()
 @click.argument("model", type=PATH)
 @options("recipe", "target", "output", "json")
 def quantize(model: Path, recipe_path: Path, target_name: str, output: Path, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from edgewright.build import STAGES
 
 ROOT = Path(edgewright.__file__).parent
 STAGE_MODULES = {needs.module or name for name, needs in STAGES.items()}
-STAGE_MODULES |= {"inspection"}
+STAGE_MODULES |= {"inspection", "pool"}
 # From the bottom up: what stands lower may not import what stands higher.
 LAYERS = [
     {"errors", "files", "process", ""},
