@@ -97,7 +97,7 @@ class PruneSettings:
 
     budget: what may remain. criterion: how much a unit matters; l1, l2, bn_gamma and random read
     the weights, activation and hessian the calibration inputs, taylor and fisher gradients on
-    those inputs (they need torch).
+    those inputs (they need torch), with `recover.labels` where these are given.
     allocation: global = where it costs least, uniform = the same share everywhere. multiple:
     what the widths that remain are rounded to, 0 for the target's. exclude: patterns of groups
     (named after their first weight) to leave whole. steps: rounds of scoring and cutting.
@@ -162,7 +162,7 @@ class RecoverSettings:
     method: compensate = least squares from calibration inputs, no labels, no torch; distill =
     that, then training by the original's own answers on the same inputs (needs torch). samples:
     calibration samples to read for the first. labels: an .npy of whole numbers, one for each
-    calibration sample, read only where `distill.hard` is above 0.
+    calibration sample; read where `distill.hard` is above 0, and by the criteria taylor and fisher.
     """
 
     method: Literal["compensate", "distill"] = "compensate"

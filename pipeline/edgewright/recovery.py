@@ -6,18 +6,19 @@ distillation from the original (`recover.distill`, needs torch). This file is th
 
 from typing import Any
 
-import numpy as np
 import onnx
 
 from edgewright import model as graph
 from edgewright.data import samples
-from edgewright.errors import BadInput, EnvironmentMissing
+from edgewright.errors import BadInput
 from edgewright.prune.cut import Kept, cut
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import removed_units, unmarked
 from edgewright.prune.untie import untie
 from edgewright.recipe import RecoverSettings
+from edgewright.recover import needs_torch
 from edgewright.recover.compensate import compensate
+from edgewright.recover.truth import truth_of
 from edgewright.stage import Job, Report
 
 
@@ -81,14 +82,8 @@ def distilled(
 
     Raises EnvironmentMissing where torch is not installed.
     """
-    try:
+    with needs_torch("distillation", 'recover.method to "compensate"'):
         from edgewright.recover.distill import distill
-    except ImportError as error:
-        raise EnvironmentMissing(
-            "distillation needs torch",
-            found=str(error),
-            hint="pip install 'edgewright[torch]', or set recover.method to \"compensate\"",
-        ) from None
     specs = graph.input_specs(original)
     if job.unfinished is not None:
         job.unfinished.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -98,27 +93,7 @@ def distilled(
         lambda: samples(job.recipe, specs, settings.distill.samples),
         settings.distill,
         kept=kept,
-        labels=labels_of(job, settings),
+        labels=truth_of(job.recipe),
         folder=job.unfinished,
         tell=job.tell,
     )
-
-
-def labels_of(job: Job, settings: RecoverSettings) -> np.ndarray | None:
-    """The labels of the calibration samples, where the recipe gives them."""
-    if not settings.labels:
-        return None
-    path = job.recipe.path(settings.labels)
-    try:
-        labels = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise BadInput(f"labels not found: {path}", hint="check recover.labels") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise BadInput(f"{path} cannot be read", expected="an .npy", found=str(error)) from None
-    if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise BadInput(
-            f"labels {path}",
-            expected="one whole number for each calibration sample",
-            found=f"{getattr(labels, 'dtype', '?')} {list(getattr(labels, 'shape', []))}",
-        )
-    return labels.astype(np.int64)

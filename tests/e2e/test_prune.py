@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from conftest import RECIPE, write_tiny
 
 from edgewright.prune.labels import analyse
@@ -126,3 +127,24 @@ rate = 1e-3
     recipe.write_text(recipe.read_text() + "hard = 0.2\n")
     ran = edgewright("recover", pruned, "--original", simple, *shared, "-o", again)
     assert ran.code == 3 and "recover.labels" in ran.err
+
+
+def test_labels_change_what_gradients_say(edgewright, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    table = 'budget = { macs = 0.5 }\nmultiple = 1\nsamples = 20\ncriterion = "taylor"'
+    ran, plain, recipe = prune(edgewright, tmp_path, table)
+    assert ran.code == 0 and ran.json["prune"]["needs"] == "label-free", ran.err
+    text = recipe.read_text() + '[recover]\nlabels = "labels.npy"\n'
+    recipe.write_text(text)
+    model, out = recipe.parent / "model.onnx", tmp_path / "labelled.onnx"
+    words = ("prune", model, "--recipe", recipe, "-o", out, "--json")
+    ran = edgewright(*words)
+    assert ran.code == 3 and "check recover.labels" in ran.err, ran.err
+    # Three classes only: other gradients than those of answers drawn from all ten.
+    np.save(recipe.parent / "labels.npy", np.arange(20) % 3)
+    ran = edgewright(*words)
+    assert ran.code == 0 and ran.json["prune"]["needs"] == "labelled", ran.err
+    assert out.read_bytes() != plain.read_bytes()
+    np.save(recipe.parent / "labels.npy", np.zeros(19, int))
+    ran = edgewright(*words)
+    assert ran.code == 3 and "one for each sample" in ran.err, ran.err

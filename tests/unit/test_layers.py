@@ -25,6 +25,7 @@ LAYERS = [
     {"lint"},
     {"prune"},
     {"recover"},
+    {"cutting"},
     STAGE_MODULES,
     {"device", "report"},
     {"baseline", "signing"},

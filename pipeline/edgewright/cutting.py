@@ -1,0 +1,208 @@
+"""One cut of a model: its units are scored, chosen for the budget and taken out.
+
+What the stage `prune` tries again with weaker demands where the metric asks for it.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx
+
+from edgewright import model as graph
+from edgewright.data import Feed, samples
+from edgewright.errors import BadInput
+from edgewright.prune.costs import Costs, Kind
+from edgewright.prune.criteria import CRITERIA, GRADIENT, Needs, scores
+from edgewright.prune.cut import cut
+from edgewright.prune.labels import Analysis, analyse
+from edgewright.prune.select import Selection, for_latency, select
+from edgewright.recipe import PruneSettings
+from edgewright.recover import needs_torch
+from edgewright.recover.compensate import compensate
+from edgewright.recover.truth import truth_of
+from edgewright.runtime.timing import cpu_ratio
+from edgewright.stage import Job
+
+COSTS: dict[str, Kind] = {"macs": "macs", "params": "params", "size": "size_bytes"}
+TIMED = 4  # samples to time a latency budget on
+
+
+@dataclass
+class Work:
+    """What is cut, and what all tries share.
+
+    model: the original, its analysis without the groups that the recipe leaves whole. known:
+    scores of its units, once they have been computed.
+    """
+
+    job: Job
+    settings: PruneSettings
+    model: onnx.ModelProto
+    analysis: Analysis
+    known: dict[int, float] | None = None
+
+    @property
+    def multiple(self) -> int:
+        return self.settings.multiple or self.job.target.prune.multiple
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The typical sizes of the inputs that have free dimensions."""
+        inputs = self.job.recipe.model.inputs
+        return {name: one.typical for name, one in inputs.items() if one.typical}
+
+    def feeds(self, limit: int) -> Callable[[], Iterable[Feed]]:
+        specs = graph.input_specs(self.model)
+        return lambda: samples(self.job.recipe, specs, limit)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A cut model: what is left of the budget's cost, and the rows of each round's groups."""
+
+    model: onnx.ModelProto
+    removed: frozenset[int]
+    share: float
+    groups: list[dict[str, Any]]
+
+
+def without_excluded(analysis: Analysis, settings: PruneSettings) -> Analysis:
+    """The analysis without the groups that the recipe leaves whole."""
+
+    def excluded(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.exclude)
+
+    kept = tuple(group for group in analysis.groups if not excluded(group.name))
+    return replace(analysis, groups=kept)
+
+
+def judged(work: Work, found: Pruned) -> onnx.ModelProto:
+    """What the metric is asked about: the cut model, compensated if the recipe has [recover]."""
+    settings = work.job.recipe.recover
+    if settings is None:
+        return found.model
+    repaired, kept = cut(work.model, work.analysis, found.removed)
+    compensate(
+        work.model,
+        repaired,
+        kept,
+        work.feeds(settings.samples),
+        work.job.tell,
+        work.job.folder,
+    )
+    return repaired
+
+
+def at_budget(work: Work, share: float) -> Pruned:
+    """The model cut to a share of the budget's cost, in `steps` rounds of equal factors."""
+    settings = work.settings
+    name, _ = settings.budget.named()
+    if name == "latency":
+        return at_latency(work, share)
+    model, analysis = work.model, work.analysis
+    whole = Costs(model, analysis, COSTS[name], work.sizes).total
+    removed: frozenset[int] = frozenset()
+    rows: list[dict[str, Any]] = []
+    current = model
+    for step in range(settings.steps):
+        goal = share ** ((step + 1) / settings.steps)
+        now = analysis if step == 0 else without_excluded(analyse(current), settings)
+        costs = Costs(current, now, COSTS[name], work.sizes)
+        units = scores_of(work) if step == 0 else score(work, current, now)
+        part = goal * whole / costs.total
+        chosen = select(now, units, costs, part, work.multiple, settings.allocation)
+        removed |= translated(now, chosen.remove, analysis, removed)
+        rows = list(chosen.rows) if step == 0 else joined(rows, list(chosen.rows))
+        current, _ = cut(model, analysis, removed)
+        if step + 1 < settings.steps:  # scores of a model that is only cut would say little
+            current = judged(work, Pruned(current, removed, 1.0, rows))
+    return Pruned(current, removed, chosen.share * costs.total / whole, rows)
+
+
+def scores_of(work: Work) -> dict[int, float]:
+    """The scores of the whole model's units, computed once."""
+    if work.known is None:
+        work.known = score(work, work.model, work.analysis)
+    return work.known
+
+
+def score(work: Work, model: onnx.ModelProto, analysis: Analysis) -> dict[int, float]:
+    """How much every unit matters, by the recipe's criterion."""
+    job, settings = work.job, work.settings
+    job.tell(f"scoring by {settings.criterion}")
+    feeds = work.feeds(settings.samples)
+    if settings.criterion == "taylor" or settings.criterion == "fisher":
+        with needs_torch(f"prune.criterion {settings.criterion}", "another prune.criterion"):
+            from edgewright.recover import gradients
+
+        truth = truth_of(job.recipe)
+        labels = None if truth is None else truth.tolist()
+        kind = settings.criterion
+        return gradients.scores(model, analysis, kind, feeds, job.tell, labels, settings.seed)
+    return scores(model, analysis, settings.criterion, feeds, job.tell, settings.seed)
+
+
+def needs(work: Work) -> Needs:
+    """What the criterion reads; labels where it can use them and the recipe has them."""
+    recover, criterion = work.job.recipe.recover, work.settings.criterion
+    if criterion in GRADIENT and recover is not None and recover.labels:
+        return "labelled"
+    return CRITERIA[criterion]
+
+
+def translated(
+    now: Analysis, remove: Iterable[int], first: Analysis, gone: frozenset[int]
+) -> frozenset[int]:
+    """Units of a model that is cut already, as units of the model it was cut from.
+
+    Slices keep their order, so the n-th index of an axis is the n-th that has not gone.
+    """
+    wanted = set(remove)
+    found = set()
+    for group in now.groups:
+        tensor, axis = group.slices[0]
+        left = [unit for unit in first.labels[tensor][axis].tolist() if unit not in gone]
+        for unit, old in zip(now.labels[tensor][axis].tolist(), left, strict=True):
+            if unit in wanted:
+                found.add(old)
+    return frozenset(found)
+
+
+def joined(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all rounds: units as in the first, kept as in the last."""
+    last = {row["group"]: row for row in after}
+    return [{**row, "kept": last.get(row["group"], row)["kept"]} for row in before]
+
+
+def at_latency(work: Work, share: float) -> Pruned:
+    """The model whose CPU time on this machine is the share of the original's.
+
+    Raises BadInput for targets that are not this machine.
+    """
+    job, settings = work.job, work.settings
+    if job.target.run.how != "local":
+        raise BadInput(
+            "prune.budget.latency",
+            expected="a target that is this machine: emulated time is not latency",
+            found=job.target.name,
+            hint="give a budget of macs",
+        )
+    if settings.steps > 1:
+        raise BadInput("prune.steps with a latency budget", expected="1", found=str(settings.steps))
+    known = scores_of(work)
+    feeds = list(work.feeds(TIMED)())
+
+    def chosen(part: float) -> Selection:
+        costs = Costs(work.model, work.analysis, "macs", work.sizes)
+        return select(work.analysis, known, costs, part, work.multiple, settings.allocation)
+
+    def measure(selection: Selection) -> float:
+        job.tell(f"timing the model at {selection.share:.0%} of the work")
+        small, _ = cut(work.model, work.analysis, selection.remove)
+        return cpu_ratio(small, job.input_model(), feeds)
+
+    found = for_latency(chosen, measure, share)
+    small, _ = cut(work.model, work.analysis, found.remove)
+    return Pruned(small, found.remove, measure(found), list(found.rows))
