@@ -5,7 +5,6 @@ The standard library only. A bundle that names another device is refused like a 
 environment's fault (EnvironmentMissing).
 """
 
-import importlib.metadata
 import os
 import re
 from pathlib import Path
@@ -81,6 +80,8 @@ def glibc() -> tuple[int, ...]:
 
 def installed_runtime() -> str:
     """The version of onnxruntime here, without importing it."""
+    import importlib.metadata  # slow to import, and not every command asks
+
     for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"):
         try:
             return importlib.metadata.version(name)

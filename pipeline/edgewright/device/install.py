@@ -10,7 +10,6 @@ so, and one rename makes it current; each step is on the disk before the next on
 import hashlib
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -151,6 +150,8 @@ def self_test(content: Manifest, folder: Path) -> Report:
 
 def self_test_bundle(bundle: Path) -> Report:
     """Verify a bundle, unpack it aside and prove it on this machine; what `prove` returns."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="edgewright-selftest-") as parent:
         folder = Path(parent) / "bundle"
         content = extract(bundle, folder)
