@@ -24,6 +24,7 @@ from edgewright.errors import (
     BadInput,
     EdgewrightError,
     EnvironmentMissing,
+    IntegrityError,
     UsageError,
     from_os_error,
 )
@@ -39,6 +40,7 @@ Report = dict[str, Any]
 VERDICT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
 WORST_FIRST = (5, 3, 6, 2, 1, 4, 0)
 PATH = click.Path(path_type=Path)
+SIGN_ANYWAY = "bundle without --sign, then: edgewright sign BUNDLE --any-verdict --key KEY"
 KEPT = "finished stages are kept, the same command goes on from there"
 
 
@@ -154,6 +156,13 @@ def options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             "-o", "--output", type=PATH, required=True, help="Where to write the result."
         ),
         "trust": trust_options,
+        "sign": click.option(
+            "--sign",
+            "key_names",
+            metavar="KEY",
+            multiple=True,
+            help="Sign what the gate passed: a key file, env:NAME or command:PROGRAM.",
+        ),
         "json": click.option(
             "--json", "as_json", is_flag=True, help="Print the result as JSON, for machines."
         ),
@@ -189,13 +198,14 @@ def cli() -> None:
 @click.option("--out", type=PATH, help="Folder of the results. Default: build/NAME.")
 @click.option("--baseline", type=PATH, help="Bundle of an earlier release to compare with.")
 @click.option("--no-cache", is_flag=True, help="Do all the work; read and keep nothing.")
-@options("json")
+@options("sign", "json")
 def build(
     recipe_path: Path,
     names: tuple[str, ...],
     out: Path | None,
     baseline: Path | None,
     no_cache: bool,
+    key_names: tuple[str, ...],
     as_json: bool,
 ) -> int:
     """Run all stages of RECIPE for each target: the model, its evidence, a bundle, a verdict.
@@ -204,10 +214,12 @@ def build(
     edgewright build recipe.toml --target cpu
     edgewright build recipe.toml --target cpu --target arm --json > result.json
     edgewright build recipe.toml --target arm --baseline release-1.3.bundle.tar
+    edgewright build recipe.toml --target arm --sign release
     """
     from edgewright import console
     from edgewright.report import text
 
+    keys = signers(key_names)
     recipe = load_recipe(recipe_path)
     targets = [load_target(name) for name in dict.fromkeys(names)]
     if len({target.name for target in targets}) < len(targets):
@@ -216,7 +228,7 @@ def build(
     cache = None if no_cache else open_cache(os.environ)
     results = []
     for target in targets:
-        results.append(build_one(recipe, target, out, cache, baseline))
+        results.append(build_one(recipe, target, out, cache, baseline, keys))
         if not as_json and results[-1]["report"]:
             console.stderr.print(text.summary(results[-1]["report"]))
     code = min((result["exit_code"] for result in results), key=WORST_FIRST.index)
@@ -283,8 +295,20 @@ def sweep(
         say(f"page: {out / f'sweep-{target.name}.html'}")
 
 
+def signers(names: Sequence[str]) -> list[Any]:
+    """The keys of --sign and --key, before any work is done with them."""
+    from edgewright import signing
+
+    return [signing.signer(name, os.environ) for name in names]
+
+
 def build_one(
-    recipe: Recipe, target: Target, out: Path, cache: Cache | None, baseline: Path | None
+    recipe: Recipe,
+    target: Target,
+    out: Path,
+    cache: Cache | None,
+    baseline: Path | None,
+    keys: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Build one target and say how it went; an error ends this target only."""
     from edgewright.build import build
@@ -295,6 +319,7 @@ def build_one(
     try:
         with watching(target.name) as watch:
             report = build(recipe, target, out, cache=cache, baseline=baseline, watch=watch)
+        signed = sign_built(folder, keys) if keys and report["verdict"] == "PASS" else []
     except Exception as error:
         code = explain(error)
         return {
@@ -310,9 +335,24 @@ def build_one(
         **result,
         "exit_code": VERDICT_CODES[verdict],
         "verdict": verdict,
-        "result": bundles if verdict == "PASS" else f"{bundles} (NOT for release)",
+        "result": bundles
+        if verdict == "PASS"
+        else f"{bundles} (NOT for release{', so not signed' if keys else ''})",
+        "signers": signed,
         "report": report,
     }
+
+
+def sign_built(folder: Path, keys: Sequence[Any]) -> list[str]:
+    """Sign the bundle in a run folder, and its compressed form with it; the keyids."""
+    from edgewright import signing
+    from edgewright.bundle import transport
+
+    (bundle,) = folder.glob("*.bundle.tar")
+    names = signing.sign_bundle(bundle, keys).signers
+    if bundle.with_name(bundle.name + transport.SUFFIX).exists():
+        transport.compress(bundle)
+    return names
 
 
 def on_files(
@@ -581,13 +621,14 @@ def gate(
 @cli.command()
 @click.argument("model", type=PATH)
 @click.option("--gate", "gate_path", type=PATH, help="What `edgewright gate --json` printed.")
-@options("recipe", "target", "output", "json")
+@options("recipe", "target", "output", "sign", "json")
 def bundle(
     model: Path,
     gate_path: Path | None,
     recipe_path: Path,
     target_name: str,
     output: Path,
+    key_names: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Pack MODEL with golden vectors and a manifest into a deterministic, self-testing bundle.
@@ -597,6 +638,9 @@ def bundle(
     """
     recipe, target = settings(recipe_path, target_name)
     reports = {"gate": gate_report(gate_path)} if gate_path else {}
+    keys = signers(key_names)
+    if keys and (not reports or reports["gate"]["verdict"] != "PASS"):
+        raise UsageError("--sign needs --gate with the verdict PASS", hint=SIGN_ANYWAY)
     models = {"newest": model, "export": model}
     found = on_files(
         ["bundle"],
@@ -607,6 +651,10 @@ def bundle(
         output=output,
         result="*.bundle.tar",
     )
+    if keys:
+        from edgewright import signing
+
+        signing.sign_bundle(output, keys)
     show(recipe, target, found, as_json)
     if not as_json:
         emit(str(output))
@@ -636,27 +684,37 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 @cli.command()
 @click.argument("bundle_path", metavar="BUNDLE", type=PATH)
+@click.option(
+    "--rebuild", "recipe_path", type=PATH, help="Build this recipe again and compare every byte."
+)
+@click.option("--target", "target_name", help="With --rebuild: the profile, where it is your own.")
 @options("trust", "json")
 def verify(
     bundle_path: Path,
+    recipe_path: Path | None,
+    target_name: str | None,
     trusted: tuple[Path, ...],
     threshold: int | None,
     no_clock: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Check that BUNDLE is whole, holds exactly what its manifest lists, and who signed it.
 
     \b
     edgewright verify keyword-1.4.0-arm.bundle.tar --trust release.pub
+    edgewright verify keyword-1.4.0-arm.bundle.tar --rebuild recipe.toml
     """
     from edgewright.device.verify import verified
 
     trust = trust_from(trusted, threshold, no_clock)
     found = verified(bundle_path, trust)
+    if recipe_path is not None:
+        target = load_target(target_name or found.manifest["target"])
+        return rebuilt(bundle_path, load_recipe(recipe_path), target, trust, as_json)
     manifest = found.manifest
     if as_json:
         emit_json({**manifest, "signers": found.signers, "trusted": trust is not None})
-        return
+        return 0
     verdict = (manifest["gate"] or {}).get("verdict", "none")
     emit_table(
         [
@@ -668,6 +726,55 @@ def verify(
             ("files", f"{len(manifest['files'])}, every one as listed"),
         ]
     )
+    return 0
+
+
+def rebuilt(bundle: Path, recipe: Recipe, target: Target, trust: Any, as_json: bool) -> int:
+    """Build again, say what differs; 5 where anything does."""
+    from edgewright.console import watching
+    from edgewright.rebuild import rebuild
+
+    with watching(target.name) as watch:
+        found = rebuild(bundle, recipe, target, trust, watch)
+    if as_json:
+        emit_json(found)
+    elif found["identical"]:
+        emit("identical: the recipe gives this very bundle, bit for bit")
+    else:
+        table = [("rebuilt", "not bit for bit; what differs (in the bundle, here):")]
+        table.append(("first stage", found["stage"] or "none: every stage's model is the same"))
+        for part in ("inputs", "settings", "versions", "stages", "files"):
+            for row in found[part]:
+                texts = [json.dumps(row[k], sort_keys=True)[:80] for k in ("there", "here")]
+                table.append((f"{part}: {row['name']}", ", ".join(texts)))
+        emit_table(table)
+    return 0 if found["identical"] else IntegrityError.exit_code
+
+
+@cli.command("explain")
+@click.argument("bundle_path", metavar="BUNDLE", type=PATH)
+@options("trust", "json")
+def explain_bundle(
+    bundle_path: Path,
+    trusted: tuple[Path, ...],
+    threshold: int | None,
+    no_clock: bool,
+    as_json: bool,
+) -> None:
+    """Say who signed BUNDLE, what it was built from, what its gate saw, what a device must have.
+
+    \b
+    edgewright explain keyword-1.4.0-arm.bundle.tar --trust release.pub
+    """
+    from edgewright.explain import explain, lines
+
+    trust = trust_from(trusted, threshold, no_clock)
+    found = explain(bundle_path, trust)
+    if as_json:
+        emit_json(found)
+        return
+    signed = ("signature", signature_text(found["signature"]["keys"], trust is not None))
+    emit_table([signed, *lines(found)])
 
 
 def trust_from(paths: Sequence[Path], threshold: int | None, no_clock: bool) -> Any:
@@ -723,10 +830,73 @@ def sign(bundle_path: Path, key_names: tuple[str, ...], any_verdict: bool) -> No
     """
     from edgewright import signing
 
-    names = key_names or (f"env:{signing.VARIABLE}",)
-    keys = [signing.signer(name, os.environ) for name in names]
+    keys = signers(key_names or (f"env:{signing.VARIABLE}",))
     found = signing.sign_bundle(bundle_path, keys, any_verdict=any_verdict)
     emit(f"{bundle_path}: signed by {', '.join(found.signers)}")
+
+
+@cli.group()
+def trust() -> None:
+    """Make and replace trust files: which keys count, from when until when, how many must sign."""
+
+
+@trust.command("write")
+@click.option(
+    "--key",
+    "keys",
+    metavar="PUB[=FROM..UNTIL]",
+    multiple=True,
+    required=True,
+    help="A public key and, if it is limited, its days (2027-01-31; either may be left out).",
+)
+@click.option("--threshold", type=int, default=1, show_default=True, help="How many must sign.")
+@click.option("--version", type=int, default=1, show_default=True, help="Grows with every file.")
+@click.option(
+    "--sign",
+    "key_names",
+    metavar="KEY",
+    multiple=True,
+    required=True,
+    help="Who signs the file: a key file, env:NAME or command:PROGRAM.",
+)
+@options("output")
+def trust_write(
+    keys: tuple[str, ...],
+    threshold: int,
+    version: int,
+    key_names: tuple[str, ...],
+    output: Path,
+) -> None:
+    """Write a trust file, signed by --sign: for a first one its own keys, later the old ones, too.
+
+    \b
+    edgewright trust write --key a.pub --key b.pub --threshold 2 --sign a --sign b -o trust.json
+    edgewright trust write --key b.pub --key c.pub --threshold 2 --version 2 \\
+        --sign a --sign b --sign c -o next.json
+    """
+    from edgewright import signing
+
+    write_atomic(output, signing.trust_file(keys, threshold, version, signers(key_names)))
+    emit(str(output))
+
+
+@trust.command("update")
+@click.argument("old", type=PATH)
+@click.argument("new", type=PATH)
+@click.option("--no-clock", is_flag=True, help="Judge no dates: the clock here is wrong.")
+def trust_update(old: Path, new: Path, no_clock: bool) -> None:
+    """Put NEW in the place of OLD if enough keys of OLD and of NEW itself signed it.
+
+    \b
+    edgewright trust update trust.json next.json
+    """
+    from edgewright.device import trust
+
+    data = trust.read(new)
+    files = (trust.parse(trust.read(old), str(old)), trust.parse(data, str(new)))
+    trust.check_update(*files, None if no_clock else int(time.time()))
+    write_atomic(old, data)
+    emit(f"{old}: version {files[1].version}")
 
 
 @cli.command("self-test")

@@ -22,6 +22,7 @@ from edgewright.device import ed25519, envelope, trust
 from edgewright.device.verify import Verified, open_bundle, verified
 from edgewright.errors import BadInput, EnvironmentMissing, IntegrityError, UsageError
 from edgewright.files import replacing, write_atomic
+from edgewright.recipe import expiry
 
 VARIABLE = "EDGEWRIGHT_SIGNING_KEY"
 COMMAND_TIMEOUT_S = 120  # a person may have to touch a token
@@ -192,6 +193,40 @@ def signatures(kind: str, payload: bytes, signers: Sequence[Signer]) -> dict[str
             )
         made[name] = found
     return made
+
+
+def trust_file(
+    names: Sequence[str], threshold: int, version: int, signers: Sequence[Signer]
+) -> bytes:
+    """A trust file of keys that are named as `PUB[=FROM..UNTIL]`, signed.
+
+    UsageError where too few of its own keys sign it: nobody could have used it.
+    """
+    content = trust.content(version, threshold, [trusted_key(name) for name in names])
+    made = signatures(trust.TYPE, content, signers)
+    data = envelope.write(trust.TYPE, content, made)
+    own = trust.parse(data, "the new trust file").trust(None)
+    if len(set(made) & set(own.keys)) < threshold:
+        raise UsageError(
+            "too few keys of the trust file sign it",
+            expected=f"--sign of {threshold} of them",
+            found=str(len(set(made) & set(own.keys))),
+        )
+    return data
+
+
+def trusted_key(name: str) -> trust.Key:
+    """A public key and the days between which it is valid."""
+    path, _, days = name.partition("=")
+    begin, dots, end = days.partition("..")
+    if days and not dots:
+        raise UsageError(f"--key {name}", expected="PUB=FROM..UNTIL, days such as 2027-01-31")
+    return trust.Key(
+        public=trust.public_key(Path(path)),
+        name=Path(path).name.removesuffix(".pub"),
+        not_before=expiry(begin, f"--key {name}") if begin else None,
+        not_after=expiry(end, f"--key {name}") if end else None,
+    )
 
 
 def sign_bundle(bundle: Path, signers: Sequence[Signer], *, any_verdict: bool = False) -> Verified:

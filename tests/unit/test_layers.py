@@ -28,9 +28,9 @@ LAYERS = [
     {"cutting"},
     STAGE_MODULES,
     {"device", "report"},
-    {"baseline", "signing"},
+    {"baseline", "signing", "explain"},
     {"build"},
-    {"console"},
+    {"console", "rebuild"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,5 +1,6 @@
 """Making a bundle: its files, the manifest that names them, the archive around them."""
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -60,8 +61,9 @@ def run(job: Job) -> Report:
     }
     verdict, gate = None, None
     if gate_report := job.reports.get("gate"):
-        gate = evidence.public(gate_report)
-        files[manifest.GATE_REPORT] = manifest.canonical(gate)
+        judged = manifest.canonical(evidence.public(gate_report))
+        files[manifest.GATE_REPORT] = judged
+        gate = json.loads(judged)  # as a rebuild reads it: 1.0 has become 1
         verdict = {"verdict": gate_report["verdict"], "report": manifest.GATE_REPORT}
     entries = {name: entry(name, source) for name, source in files.items()}
     facts = describe(job, model, proof, verdict, time_stamp, entries)
