@@ -817,8 +817,17 @@ def keygen(output: Path) -> None:
     help="A key file, env:NAME or command:PROGRAM; may be given repeatedly. "
     "Default: env:EDGEWRIGHT_SIGNING_KEY.",
 )
+@click.option(
+    "--oms",
+    "oms_key",
+    type=PATH,
+    metavar="KEY",
+    help="A P-256 key: write BUNDLE.oms.sig for OpenSSF's model_signing. Alone: only that.",
+)
 @click.option("--any-verdict", is_flag=True, help="Sign also what the gate did not pass.")
-def sign(bundle_path: Path, key_names: tuple[str, ...], any_verdict: bool) -> None:
+def sign(
+    bundle_path: Path, key_names: tuple[str, ...], oms_key: Path | None, any_verdict: bool
+) -> None:
     """Add a signature to BUNDLE; those of other keys stay.
 
     A command keeps its key to itself: called with `public` it prints the public key (PEM), with
@@ -828,11 +837,17 @@ def sign(bundle_path: Path, key_names: tuple[str, ...], any_verdict: bool) -> No
     edgewright sign keyword-1.4.0-arm.bundle.tar --key release
     edgewright sign keyword-1.4.0-arm.bundle.tar --key command:./token-agent
     """
-    from edgewright import signing
+    from edgewright import oms, signing
 
-    keys = signers(key_names or (f"env:{signing.VARIABLE}",))
-    found = signing.sign_bundle(bundle_path, keys, any_verdict=any_verdict)
-    emit(f"{bundle_path}: signed by {', '.join(found.signers)}")
+    if key_names or oms_key is None:
+        keys = signers(key_names or (f"env:{signing.VARIABLE}",))
+        found = signing.sign_bundle(bundle_path, keys, any_verdict=any_verdict)
+        emit(f"{bundle_path}: signed by {', '.join(found.signers)}")
+    if oms_key is not None:
+        data = oms.sign(bundle_path, oms_key, any_verdict=any_verdict)
+        path = bundle_path.with_name(bundle_path.name + oms.SUFFIX)
+        write_atomic(path, data)
+        emit(str(path))
 
 
 @cli.group()

@@ -229,6 +229,20 @@ def trusted_key(name: str) -> trust.Key:
     )
 
 
+def releasable(bundle: Path, any_verdict: bool) -> Verified:
+    """The verified bundle; UsageError where its gate did not say PASS, unless `any_verdict`."""
+    found = verified(bundle)
+    gate = found.manifest["gate"]
+    if not any_verdict and (gate is None or gate["verdict"] != "PASS"):
+        raise UsageError(
+            f"{bundle} is not for release",
+            expected="a gate that said PASS",
+            found=gate["verdict"] if gate else "no gate",
+            hint="--any-verdict signs it all the same",
+        )
+    return found
+
+
 def sign_bundle(bundle: Path, signers: Sequence[Signer], *, any_verdict: bool = False) -> Verified:
     """Add signatures to a bundle in its place, all or nothing; what it then is.
 
@@ -242,15 +256,7 @@ def sign_bundle(bundle: Path, signers: Sequence[Signer], *, any_verdict: bool = 
                 expected="the archive itself (.bundle.tar)",
                 hint="unpack it with: xz -d, sign it, compress it again with: xz",
             )
-    before = verified(bundle)
-    gate = before.manifest["gate"]
-    if not any_verdict and (gate is None or gate["verdict"] != "PASS"):
-        raise UsageError(
-            f"{bundle} is not for release",
-            expected="a gate that said PASS",
-            found=gate["verdict"] if gate else "no gate",
-            hint="--any-verdict signs it all the same",
-        )
+    before = releasable(bundle, any_verdict)
     old = envelope.read(before.envelope, envelope.MANIFEST_TYPE)[1] if before.envelope else {}
     new = signatures(envelope.MANIFEST_TYPE, before.manifest_bytes, signers)
     data = envelope.write(envelope.MANIFEST_TYPE, before.manifest_bytes, {**old, **new})
