@@ -959,6 +959,27 @@ for device_command in DEVICE_COMMANDS:
     on_device(device_command)
 
 
+@cli.command()
+@click.argument("old", type=PATH)
+@click.argument("new", type=PATH)
+@options("output", "json")
+def delta(old: Path, new: Path, output: Path, as_json: bool) -> None:
+    """Write what changes from bundle OLD to bundle NEW, for devices that have OLD installed.
+
+    \b
+    edgewright delta keyword-1.3.0-arm.bundle.tar keyword-1.4.0-arm.bundle.tar -o keyword.delta
+    edgewright install keyword.delta --delta --root /opt/keyword
+    """
+    from edgewright.bundle import delta as deltas
+
+    sizes = deltas.make(old, new, output)
+    if as_json:
+        emit_json(sizes)
+        return
+    share = sizes["bytes"] / sizes["bundle"]
+    emit(f"{output}: {sizes['bytes']} bytes, {share:.1%} of the bundle")
+
+
 @cli.command("device-program")
 @options("output")
 def device_program(output: Path) -> None:

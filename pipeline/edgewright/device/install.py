@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from edgewright.bundle.manifest import Manifest
 from edgewright.device import envelope, fit, store
 from edgewright.device import trust as trusts
+from edgewright.device.delta import open_delta
 from edgewright.device.envelope import Trust
 from edgewright.device.verify import Verified, extract, naming, new_file, open_bundle, walk
 from edgewright.errors import EnvironmentMissing, IntegrityError, UsageError
@@ -31,7 +32,9 @@ TRUST = "trust"
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What an install may do. `trust`: key or trust files; none: those in ROOT/trust."""
+    """What an install may do. `trust`: key or trust files; none: those in ROOT/trust. `delta`: the
+    file is one against the release that is installed.
+    """
 
     trust: Sequence[Path] = ()
     threshold: int | None = None
@@ -39,6 +42,7 @@ class Wish:
     allow_unsigned: bool = False
     allow_downgrade: bool = False
     self_test: bool = True
+    delta: bool = False
 
 
 def install(bundle: Path, root: Path, wish: Wish) -> Report:
@@ -79,12 +83,26 @@ def unpack(bundle: Path, root: Path, staged: Path, wish: Wish) -> Verified:
             fit.check_runtime(content, fit.installed_runtime())
         fit.check_space(content, root)
 
-    with open_bundle(bundle) as stream, naming(bundle):
+    with opened(bundle, root, wish) as stream, naming(bundle):
         found = walk(stream, lambda path, mode: flushed_file(staged, path, mode), trust, admit)
     for folder in folders(staged):
         folder.chmod(0o755)
         flush(folder)
     return found
+
+
+def opened(bundle: Path, root: Path, wish: Wish) -> BinaryIO:
+    """The bundle's bytes, made of a delta and the current release where that is wished."""
+    if not wish.delta:
+        return open_bundle(bundle)
+    current = store.linked(root)
+    if not current:
+        raise UsageError(
+            "a delta needs the release that it was made against",
+            found=f"nothing installed below {root}",
+            hint="install a whole bundle first",
+        )
+    return open_delta(bundle, root / store.RELEASES / current)
 
 
 @contextmanager

@@ -95,6 +95,9 @@ def parser(name: str) -> argparse.ArgumentParser:
     trust_options(one)
     one.add_argument("--allow-unsigned", action="store_true", help="take anybody's bundle")
     one.add_argument("--allow-downgrade", action="store_true", help="take an older release")
+    one.add_argument(
+        "--delta", action="store_true", help="BUNDLE is a delta against what is installed"
+    )
     one.add_argument("--no-self-test", action="store_true", help="do not run the golden vectors")
     one = command("self-test", self_test, "Run the golden vectors of BUNDLE, or of what runs.")
     one.add_argument("bundle", type=Path, metavar="BUNDLE", nargs="?")
@@ -157,6 +160,7 @@ def install(args: argparse.Namespace) -> Result:
         allow_unsigned=args.allow_unsigned,
         allow_downgrade=args.allow_downgrade,
         self_test=not args.no_self_test,
+        delta=args.delta,
     )
     report = installs.install(args.bundle, args.root, wish)
     proof = report["self_test"]
