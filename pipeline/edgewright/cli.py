@@ -970,7 +970,7 @@ def delta(old: Path, new: Path, output: Path, as_json: bool) -> None:
     edgewright delta keyword-1.3.0-arm.bundle.tar keyword-1.4.0-arm.bundle.tar -o keyword.delta
     edgewright install keyword.delta --delta --root /opt/keyword
     """
-    from edgewright.bundle import delta as deltas
+    from edgewright import delta as deltas
 
     sizes = deltas.make(old, new, output)
     if as_json:

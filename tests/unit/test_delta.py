@@ -14,7 +14,7 @@ from bundles import forged, make, pack, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgewright.bundle import delta as making
+from edgewright import delta as making
 from edgewright.device import delta as deltas
 from edgewright.device import store
 from edgewright.device.delta import RECORD

@@ -28,7 +28,7 @@ LAYERS = [
     {"cutting"},
     STAGE_MODULES,
     {"device", "report"},
-    {"baseline", "signing", "oms", "explain"},
+    {"baseline", "delta", "signing", "oms", "explain"},
     {"build"},
     {"console", "rebuild"},
     {"cli"},
