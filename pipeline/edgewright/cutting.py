@@ -6,6 +6,7 @@ What the stage `prune` tries again with weaker demands where the metric asks for
 import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -23,6 +24,7 @@ from edgewright.recover import needs_torch
 from edgewright.recover.compensate import compensate
 from edgewright.recover.truth import truth_of
 from edgewright.runtime.timing import cpu_ratio
+from edgewright.softening import grown, regrown, thinned
 from edgewright.stage import Job
 
 COSTS: dict[str, Kind] = {"macs": "macs", "params": "params", "size": "size_bytes"}
@@ -34,7 +36,8 @@ class Work:
     """What is cut, and what all tries share.
 
     model: the original, its analysis without the groups that the recipe leaves whole. known:
-    scores of its units, once they have been computed.
+    scores of its units, once they have been computed. thin: what soft = "lasso" has made of it,
+    and how that went.
     """
 
     job: Job
@@ -42,6 +45,7 @@ class Work:
     model: onnx.ModelProto
     analysis: Analysis
     known: dict[int, float] | None = None
+    thin: tuple[onnx.ModelProto, dict[str, Any]] | None = None
 
     @property
     def multiple(self) -> int:
@@ -57,15 +61,22 @@ class Work:
         specs = graph.input_specs(self.model)
         return lambda: samples(self.job.recipe, specs, limit)
 
+    def unfinished(self) -> Path | None:
+        """Where a training leaves its checkpoint."""
+        if self.job.unfinished is not None:
+            self.job.unfinished.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self.job.unfinished
+
 
 @dataclass(frozen=True)
 class Pruned:
-    """A cut model: what is left of the budget's cost, and the rows of each round's groups."""
+    """A cut model: what is left of the budget's cost, and the rows of its groups."""
 
     model: onnx.ModelProto
     removed: frozenset[int]
     share: float
     groups: list[dict[str, Any]]
+    training: dict[str, Any] | None = None  # how the soft pruning before the cut went
 
 
 def without_excluded(analysis: Analysis, settings: PruneSettings) -> Analysis:
@@ -79,9 +90,10 @@ def without_excluded(analysis: Analysis, settings: PruneSettings) -> Analysis:
 
 
 def judged(work: Work, found: Pruned) -> onnx.ModelProto:
-    """What the metric is asked about: the cut model, compensated if the recipe has [recover]."""
+    """What the metric is asked about: the cut model, compensated if the recipe has [recover]
+    and nothing was trained before the cut."""
     settings = work.job.recipe.recover
-    if settings is None:
+    if settings is None or work.settings.soft:
         return found.model
     repaired, kept = cut(work.model, work.analysis, found.removed)
     compensate(
@@ -96,12 +108,63 @@ def judged(work: Work, found: Pruned) -> onnx.ModelProto:
 
 
 def at_budget(work: Work, share: float) -> Pruned:
+    """The model cut to a share of the budget's cost, trained before if the recipe says so."""
+    if work.settings.soft == "regrow":
+        return regrowing(work, share)
+    of, _ = work.settings.budget.named()
+    found = at_latency(work, share) if of == "latency" else in_rounds(work, share)
+    if work.settings.soft == "lasso":
+        return replace(found, training=before(work)[1])
+    return growing(work, found) if work.settings.soft == "grow" else found
+
+
+def before(work: Work) -> tuple[onnx.ModelProto, dict[str, Any] | None]:
+    """What units are chosen in and cut from: the original, or what lasso made of it."""
+    if work.settings.soft != "lasso":
+        return work.model, None
+    if work.thin is None:
+        train, job = work.settings.train, work.job
+        feeds = work.feeds(train.samples)
+        work.thin = thinned(work.model, work.analysis, feeds, train, work.unfinished(), job.tell)
+    return work.thin
+
+
+def growing(work: Work, found: Pruned) -> Pruned:
+    """The same units cut, from a model that was trained to do without them."""
+    train = work.settings.train
+    model, told = grown(
+        work.model,
+        work.analysis,
+        found.removed,
+        work.feeds(train.samples),
+        train,
+        work.unfinished(),
+        work.job.tell,
+    )
+    small, _ = cut(model, work.analysis, found.removed)
+    return replace(found, model=small, training=told)
+
+
+def regrowing(work: Work, share: float) -> Pruned:
+    """The model cut to a share of the budget's cost by units chosen while it is trained."""
+    settings, analysis = work.settings, work.analysis
+    of, _ = settings.budget.named()
+
+    def choose(energy: dict[int, float]) -> Selection:
+        costs = Costs(work.model, analysis, COSTS[of], work.sizes)
+        return select(analysis, energy, costs, share, work.multiple, settings.allocation)
+
+    feeds = work.feeds(settings.train.samples)
+    model, last, told = regrown(work.model, analysis, choose, feeds, settings.train, work.job.tell)
+    small, _ = cut(model, analysis, last.remove)
+    return Pruned(small, last.remove, last.share, list(last.rows), told)
+
+
+def in_rounds(work: Work, share: float) -> Pruned:
     """The model cut to a share of the budget's cost, in `steps` rounds of equal factors."""
     settings = work.settings
     name, _ = settings.budget.named()
-    if name == "latency":
-        return at_latency(work, share)
-    model, analysis = work.model, work.analysis
+    (model, _), analysis = before(work), work.analysis
     whole = Costs(model, analysis, COSTS[name], work.sizes).total
     removed: frozenset[int] = frozenset()
     rows: list[dict[str, Any]] = []
@@ -124,7 +187,7 @@ def at_budget(work: Work, share: float) -> Pruned:
 def scores_of(work: Work) -> dict[int, float]:
     """The scores of the whole model's units, computed once."""
     if work.known is None:
-        work.known = score(work, work.model, work.analysis)
+        work.known = score(work, before(work)[0], work.analysis)
     return work.known
 
 
@@ -191,18 +254,18 @@ def at_latency(work: Work, share: float) -> Pruned:
         )
     if settings.steps > 1:
         raise BadInput("prune.steps with a latency budget", expected="1", found=str(settings.steps))
-    known = scores_of(work)
+    known, (model, _) = scores_of(work), before(work)
     feeds = list(work.feeds(TIMED)())
 
     def chosen(part: float) -> Selection:
-        costs = Costs(work.model, work.analysis, "macs", work.sizes)
+        costs = Costs(model, work.analysis, "macs", work.sizes)
         return select(work.analysis, known, costs, part, work.multiple, settings.allocation)
 
     def measure(selection: Selection) -> float:
         job.tell(f"timing the model at {selection.share:.0%} of the work")
-        small, _ = cut(work.model, work.analysis, selection.remove)
+        small, _ = cut(model, work.analysis, selection.remove)
         return cpu_ratio(small, job.input_model(), feeds)
 
     found = for_latency(chosen, measure, share)
-    small, _ = cut(work.model, work.analysis, found.remove)
+    small, _ = cut(model, work.analysis, found.remove)
     return Pruned(small, found.remove, measure(found), list(found.rows))

@@ -42,7 +42,8 @@ def code_digest() -> str:
 def versions(recipe: Recipe) -> dict[str, str]:
     """Versions of what computes; torch only where the model is made or trained by it."""
     trains = recipe.recover is not None and recipe.recover.method == "distill"
-    trains = trains or (recipe.prune is not None and recipe.prune.criterion in ("taylor", "fisher"))
+    if (prune := recipe.prune) is not None:
+        trains = trains or bool(prune.soft) or prune.criterion in ("taylor", "fisher")
     names = [*PACKAGES, *(["torch"] if trains or ".py:" in recipe.model.source else [])]
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in names:

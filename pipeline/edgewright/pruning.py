@@ -44,6 +44,9 @@ def run(job: Job) -> Report:
         "frozen": list(analysis.frozen),
         "tries": [],
     }
+    if settings.soft == "regrow":
+        report |= {"criterion": "energy", "needs": "label-free"}
+        note(report, "info", "regrow chooses by what units own while it trains, not by a criterion")
     found = within_drop(work, report)
     if found is None:
         graph.save(model, job.output_model())
@@ -51,6 +54,8 @@ def run(job: Job) -> Report:
     else:
         report["budget"]["left"] = round(found.share, 5)
         report["groups"] = found.groups
+        if found.training is not None:
+            report["soft"] = {"way": settings.soft, **found.training}
         graph.save(mark(found.model, analysis, found.removed), job.output_model())
     return {**report, "model": graph.summary(job.output_model())}
 
@@ -84,7 +89,8 @@ def zeroed(job: Job, settings: PruneSettings) -> Report:
 def within_drop(work: Work, report: Report) -> Pruned | None:
     """The model at the budget, or the smallest one that keeps `max_drop`; None where none does.
 
-    Every try is judged as `recover` will leave it: with compensation, if the recipe has it.
+    Every try is judged as `recover` will leave it: with compensation, if the recipe has it and
+    nothing was trained. Soft pruning trains again for every try (lasso once for all).
     """
     job, settings = work.job, work.settings
     name, asked = settings.budget.named()

@@ -92,6 +92,27 @@ class PruneBudget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoftTraining:
+    """[prune.train]: the training of soft pruning, by the model's own answers, without labels.
+
+    steps, batch, seed: of the optimiser. rate: the largest relative change of a weight tensor per
+    step. strength: of lasso: what all steps together take from the norm of each unit, in means
+    of its group; too strong, and all units go. every: steps between two choices of regrow.
+    samples: calibration samples kept in memory. threads: the result's last bits depend on their
+    number.
+    """
+
+    steps: int = 300
+    rate: float = 0.02
+    strength: float = 0.3
+    every: int = 20
+    batch: int = 16
+    samples: int = 1024
+    seed: int = 0
+    threads: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneSettings:
     """[prune]: what leaves the graph itself. Absent: nothing.
 
@@ -105,6 +126,11 @@ class PruneSettings:
     may cost together; where they cost more, less is pruned, found by bisection. Not given: no
     limit but the gate's. zero: instead of whole units, zero single weights in this pattern,
     "magnitude" or N:M such as "2:4"; smaller when compressed, as fast as before on most CPUs.
+    soft: train before the cut (needs torch). grow: a growing decay empties the chosen units;
+    lasso: group sparsity on all units, chosen from afterwards; regrow: the weakest units (by
+    energy, whatever the criterion) are zeroed again and again, and may come back until the end.
+    train: how. What was trained is not compensated afterwards: least squares start from the
+    weights of the original.
     """
 
     budget: PruneBudget
@@ -118,6 +144,8 @@ class PruneSettings:
     samples: int = 64
     max_drop: float | None = None
     zero: str = ""
+    soft: Literal["", "grow", "lasso", "regrow"] = ""
+    train: SoftTraining = SoftTraining()
     seed: int = 0
 
 
@@ -292,6 +320,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             raise BadInput(f"{where}: gate.{key}", expected="above 0", found=str(limit))
     if recipe.prune is not None:
         check_prune(recipe.prune, where)
+        check_soft(recipe.prune, where)
     if recipe.recover is not None and recipe.recover.samples < 2:
         raise BadInput(
             f"{where}: recover.samples",
@@ -396,6 +425,36 @@ def check_prune(prune: PruneSettings, where: str) -> None:
         raise BadInput(
             f"{where}: prune.zero", expected='"magnitude" or N:M such as "2:4"', found=prune.zero
         )
+
+
+def check_soft(prune: PruneSettings, where: str) -> None:
+    """Training that something asks for, with numbers that can be, and nothing it cannot go with."""
+    if not prune.soft:
+        if prune.train != SoftTraining():
+            raise BadInput(
+                f"{where}: prune.train without prune.soft",
+                hint='say how to train: soft = "grow", "lasso" or "regrow"',
+            )
+        return
+    if prune.zero or prune.steps > 1:
+        raise BadInput(
+            f"{where}: prune.soft with prune.{'zero' if prune.zero else 'steps'}",
+            hint="soft pruning cuts whole units, once, after its training",
+        )
+    if prune.soft == "regrow" and prune.budget.latency is not None:
+        raise BadInput(
+            f"{where}: prune.soft regrow with a latency budget",
+            hint="it chooses while it trains, when nothing can be timed: give a budget of macs",
+        )
+    limits: dict[str, tuple[float, float]] = {
+        "steps": (5, 10**7), "rate": (1e-6, 0.5), "strength": (0.001, 100), "every": (1, 10**6),
+        "batch": (1, 4096), "samples": (5, 10**6), "threads": (1, 256),
+    }  # fmt: skip
+    for key, (low, high) in limits.items():
+        if not low <= (value := getattr(prune.train, key)) <= high:
+            raise BadInput(
+                f"{where}: prune.train.{key}", expected=f"{low} to {high}", found=str(value)
+            )
 
 
 def digest(value: Any) -> str:

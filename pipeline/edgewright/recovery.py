@@ -6,11 +6,13 @@ distillation from the original (`recover.distill`, needs torch). This file is th
 
 from typing import Any
 
+import numpy as np
 import onnx
 
 from edgewright import model as graph
 from edgewright.data import samples
 from edgewright.errors import BadInput
+from edgewright.model import array
 from edgewright.prune.cut import Kept, cut
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import removed_units, unmarked
@@ -59,6 +61,10 @@ def repaired(
             expected="tensors of the same names and shapes",
             hint="name the model that `prune` was given with --original",
         )
+    if trained(model, pruned):
+        text = "the weights were trained before the cut: least squares would undo that"
+        report["notes"].append({"level": "info", "text": text})
+        return unmarked(pruned), kept
     specs = graph.input_specs(original)
     report["layers"] = compensate(
         original,
@@ -69,6 +75,15 @@ def repaired(
         job.folder,
     )
     return model, kept
+
+
+def trained(sliced: onnx.ModelProto, pruned: onnx.ModelProto) -> bool:
+    """Whether the pruned model holds other values than slices of the original."""
+    mine = {t.name: array(t) for t in pruned.graph.initializer}
+    return any(
+        not np.array_equal(array(t), mine[t.name], equal_nan=t.data_type == t.FLOAT)
+        for t in sliced.graph.initializer
+    )
 
 
 def distilled(

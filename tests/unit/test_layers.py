@@ -25,7 +25,7 @@ LAYERS = [
     {"lint"},
     {"prune"},
     {"recover"},
-    {"cutting"},
+    {"cutting", "softening"},
     STAGE_MODULES,
     {"device", "report"},
     {"baseline", "delta", "signing", "oms", "explain"},

@@ -1,8 +1,10 @@
 """Soft pruning: training that empties units before the hard cut takes them.
 
-`grow`: the units are chosen; a penalty on all they own grows until they are nothing, while the
-rest learns to do without them (Wang et al., Neural Pruning via Growing Regularization,
+`grow`: the units are chosen; weight decay on all they own grows until they are nothing, while
+the rest learns to do without them (Wang et al., Neural Pruning via Growing Regularization,
 2012.09243). `lasso`: group sparsity on all units, nobody chosen yet (Wen et al., 1608.03665).
+Both shrink the weights after the optimiser's step instead of adding to the loss: Adam would scale
+the penalty's gradient away (Deleu and Bengio, 2102.03869).
 `regrow`: the weakest units are set to zero again and again, but go on learning and may come
 back (He et al., Soft Filter Pruning, 1808.06866). All train on the losses of distillation, so
 that labels are not needed. What goes in the end is `prune.cut`'s matter.
@@ -23,7 +25,7 @@ from edgewright.recover.gradients import Labelled
 from edgewright.recover.ops import Tensor
 from edgewright.stage import Tell, say_nothing
 
-RISE = 0.7  # share of the steps over which a penalty grows; the rest runs with the full one
+RISE = 0.5  # share of the steps in which units shrink; in the rest the others learn alone
 
 
 class Owned:
@@ -53,20 +55,24 @@ class Owned:
             total = total.index_add(0, labels, rows.square().sum(1) / self.size[name])
         return total
 
-    def clear(self, units: Iterable[int]) -> None:
-        """Set all that the units own to zero."""
-        gone = torch.zeros(self.count, dtype=torch.bool)
-        gone[list(units)] = True
+    def scale(self, factors: Tensor) -> None:
+        """Multiply all that each unit owns by its factor: (labels,); label 0 is no unit."""
         with torch.no_grad():
             for name, axis, labels in self.places:
                 shape = [1] * self.weights[name].dim()
                 shape[axis] = -1
-                self.weights[name].mul_((~gone[labels]).reshape(shape))
+                self.weights[name].mul_(factors[labels].reshape(shape))
+
+    def clear(self, units: Iterable[int]) -> None:
+        """Set all that the units own to zero."""
+        factors = torch.ones(self.count)
+        factors[list(units)] = 0
+        self.scale(factors)
 
 
-def rising(step: int, steps: int) -> float:
-    """Share of the full penalty at a step: from 0 in a straight line to 1."""
-    return min(1.0, step / max(1.0, RISE * steps))
+def left(step: int, steps: int) -> float:
+    """What is left, after a step, of something that falls in a straight line to 0 at RISE."""
+    return max(0.0, 1 - (step + 1) / (RISE * steps))
 
 
 def grow(
@@ -77,32 +83,27 @@ def grow(
     feeds: Callable[[], Iterable[Feed]],
     settings: Distillation,
     *,
-    strength: float = 1.0,
     folder: Path | None = None,
     tell: Tell = say_nothing,
 ) -> dict[str, Any]:
     """Train the model in place until the units to remove are nothing; report.
 
-    strength: the full penalty, times the mean energy of the units at the start. The weights are
-    those of the last step: the best on held-out samples would be the ones before the penalty.
+    Their weights fall in a straight line to zero, which is a weight decay that grows without
+    limit. The weights are those of the last step: the best on held-out samples would be the
+    ones before the fall.
     """
     units = sorted(int(u) for u in remove)
 
     def hooks(weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
         owned = Owned(weights, analysis)
-        first = owned.energy().detach()[units].mean() + 1e-12
-
-        def penalty(step: int) -> Tensor:
-            share = rising(step, settings.steps)
-            return strength * share * 10 * owned.energy()[units].mean() / first
+        factors = torch.ones(owned.count)
 
         def after(step: int) -> None:
-            # A straight line down to nothing at the end of the rise: the penalty alone would
-            # only come near it.
-            if rising(step + 1, settings.steps) >= 1:
-                owned.clear(units)
+            now, was = left(step, settings.steps), left(step - 1, settings.steps)
+            factors[units] = now / was if was else 0.0
+            owned.scale(factors)
 
-        return penalty, after
+        return None, after
 
     return train(teacher, model, feeds, settings, hooks=hooks, folder=folder, tell=tell,
                  more=np.array(units).tobytes())  # fmt: skip
@@ -115,29 +116,38 @@ def lasso(
     feeds: Callable[[], Iterable[Feed]],
     settings: Distillation,
     *,
-    strength: float = 0.1,
+    strength: float = 0.3,
     folder: Path | None = None,
     tell: Tell = say_nothing,
 ) -> dict[str, Any]:
     """Train the model in place under a growing group lasso on all its units; report.
 
-    The penalty is the mean over units of the root of their energy, over its mean at the start.
-    The units to cut are for a criterion (`l2`) to choose afterwards.
+    After each step the norm of every unit gets smaller by a part of its group's mean at the
+    start, and ends at zero (the proximal operator of group lasso; Yuan and Lin, 2006). The parts
+    add up to `strength`: units that the outputs do not need go or stay weak, the others grow
+    back. Too strong, and all go. The units to cut are for a criterion to choose afterwards.
     """
-    units = sorted({u for g in analysis.groups for u in g.units})
 
     def hooks(weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
         owned = Owned(weights, analysis)
-        first = float((owned.energy().detach()[units] + 1e-12).sqrt().mean())
+        first = owned.energy().detach().sqrt()
+        mean = torch.zeros(owned.count)
+        for group in analysis.groups:
+            units = list(group.units)
+            mean[units] = first[units].mean()
+        last = max(1, int(RISE * settings.steps))
 
-        def penalty(step: int) -> Tensor:
-            roots = (owned.energy()[units] + 1e-12).sqrt().mean()
-            return strength * rising(step, settings.steps) * roots / first
+        def after(step: int) -> None:
+            if step >= last:
+                return
+            part = 2 * (step + 1) / (last * (last + 1))
+            root = owned.energy().detach().sqrt().clamp_min(1e-12)
+            owned.scale((1 - part * strength * mean / root).clamp_min(0))
 
-        return penalty, None
+        return None, after
 
     return train(teacher, model, feeds, settings, hooks=hooks, folder=folder, tell=tell,
-                 more=b"lasso")  # fmt: skip
+                 more=f"lasso {strength}".encode())  # fmt: skip
 
 
 def regrow(
