@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edgewright.bundle import manifest
+from edgewright.device import envelope
 from edgewright.device.envelope import Trust
 from edgewright.device.verify import Verified, naming, open_bundle, walk
 from edgewright.errors import IntegrityError
-from edgewright.report.tables import find, rows, table
+from edgewright.report.tables import find, number, rows, table
 
 Json = dict[str, Any]
 MAX_BYTES = 8 << 20  # of a document that is read into memory
@@ -56,10 +57,10 @@ class Bounded(io.BytesIO):
 
 
 def parsed(path: str, data: bytes) -> Json:
-    """A JSON object; IntegrityError for anything else."""
+    """A JSON object; IntegrityError for anything else, deep nesting included."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = json.loads(data) if manifest.depth(data) <= manifest.MAX_DEPTH else None
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise IntegrityError(f"{path} in the bundle", expected="a JSON object")
@@ -114,6 +115,8 @@ def lines(found: Json) -> list[tuple[str, str]]:
     about, model, needs = found["bundle"], found["model"], found["needs"]
     out = [("bundle", f"{about['name']} {about['version']} for {about['target']}")]
     out.append(("sequence", str(about["sequence"] or "0: not set, going back is not prevented")))
+    if about["expires"] is not None:
+        out.append(("expires", envelope.day(about["expires"])))
     for source in found["built_from"]["sources"]:
         out.append((f"from {source['use']}", f"{source['name']}, sha256 {source['sha256']}"))
     for stage in found["built_from"]["stages"]:
@@ -127,12 +130,8 @@ def lines(found: Json) -> list[tuple[str, str]]:
     versions = found["built_from"]["versions"]
     out.append(("versions", ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))))
     out.append(("provenance", str(found["built_from"]["level"] or "none")))
-    metric = table(find(found["evidence"], "metric"))
-    if metric:
-        kept = find(metric, "shipped", "retained")
-        out.append(
-            ("metric", f"{metric.get('name')}: {find(metric, 'shipped', 'score')} ({kept} kept)")
-        )
+    if metric := table(find(found["evidence"], "metric")):
+        out.append(("metric", metric_text(metric)))
     gate = table(found["gate"])
     out.append(("gate", str(gate.get("verdict", "none: nothing says that it may ship"))))
     for check in rows(gate.get("checks")):
@@ -149,6 +148,19 @@ def lines(found: Json) -> list[tuple[str, str]]:
         ("needs room", f"{sum(f['size'] for f in found['contents'])} bytes; " + ", ".join(bounds))
     )
     return out
+
+
+def metric_text(metric: Json) -> str:
+    """The metric of what ships, how much of the original's it is, and the bounds of the loss."""
+    text = f"{metric.get('name')}: {find(metric, 'shipped', 'score')}"
+    if (kept := number(find(metric, "shipped", "retained"))) is not None:
+        text += f", {kept:.2%} of the original's {find(metric, 'original', 'score')}"
+    paired = table(metric.get("paired"))
+    bounds = [number(paired.get(f"mean_loss{end}")) for end in ("", "_low", "_high")]
+    if None not in bounds:
+        mean, low, high = bounds
+        text += f"; mean loss per sample {mean:.4g} ({low:.4g} to {high:.4g})"
+    return text
 
 
 def flat(settings: Json, above: str = "") -> Iterator[tuple[str, str]]:

@@ -37,7 +37,7 @@ class Signer:
     sign: Callable[[bytes], bytes]
 
 
-def library() -> Any:
+def ed25519_library() -> Any:
     """The library's module for Ed25519; EnvironmentMissing without it."""
     try:
         from cryptography.hazmat.primitives.asymmetric import ed25519 as module
@@ -54,13 +54,14 @@ def keygen(path: Path) -> tuple[Path, str]:
 
     UsageError where either file exists: a lost key cannot be had again.
     """
+    library = ed25519_library()
     from cryptography.hazmat.primitives import serialization
 
     public_path = path.with_name(path.name + ".pub")
     for one in (path, public_path):
         if one.exists() or one.is_symlink():
             raise UsageError(f"{one} exists", hint="name another file with -o; keys are kept")
-    key = library().Ed25519PrivateKey.generate()
+    key = library.Ed25519PrivateKey.generate()
     text = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -121,10 +122,10 @@ def private_bytes(path: Path) -> bytes:
 
 def from_pem(text: bytes, where: str) -> Signer:
     """The Ed25519 key in PEM text."""
+    module = ed25519_library()
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    module = library()
     try:
         key = load_pem_private_key(text, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 from bundles import MODEL, RECIPE, Members, forged, make, pack, unpack
 
-from edgewright import signing
+from edgewright import oms, signing
 from edgewright.device import envelope, trust
 from edgewright.device.envelope import MANIFEST_TYPE, Trust
 from edgewright.device.verify import extract, verified, verify, walk
@@ -406,6 +408,35 @@ def test_keys_of_other_kinds(tmp_path):
         path.chmod(0o600)
         with pytest.raises(BadInput, match="Ed25519"):
             signing.signer(str(path), {})
+
+
+def test_without_the_library_one_message_says_what_to_install(tmp_path, monkeypatch):
+    signing.keygen(tmp_path / "key")
+    for name in [n for n in sys.modules if n.split(".")[0] == "cryptography"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for work in (
+        lambda: signing.keygen(tmp_path / "other"),
+        lambda: signing.signer(str(tmp_path / "key"), {}),
+        lambda: oms.sign(tmp_path / "none", tmp_path / "key"),
+    ):
+        with pytest.raises(EnvironmentMissing, match=r"edgewright\[sign\]"):
+            work()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["key", "key.pub"]
+
+
+def test_checking_a_signature_needs_no_library(signed, tmp_path):
+    """Verified in a Python where importing cryptography fails."""
+    (tmp_path / "a.pub").write_text(trust.pem(A.public))
+    code = (
+        "import sys; sys.modules['cryptography'] = None\n"
+        "from pathlib import Path\n"
+        "from edgewright.device import trust, verify\n"
+        "keys = trust.load([Path(sys.argv[2])], None, None)\n"
+        "print(verify.verified(Path(sys.argv[1]), keys).signers)\n"
+    )
+    words = [sys.executable, "-c", code, str(signed), str(tmp_path / "a.pub")]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ran.stdout.strip() == str([envelope.keyid(A.public)]), ran.stderr
 
 
 AGENT = """#!/bin/sh
