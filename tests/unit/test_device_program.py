@@ -3,9 +3,11 @@
 import ast
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -191,6 +193,40 @@ def test_golden_vectors_in_the_single_file(place):
     assert again.returncode == 0 and "5 golden vectors" in again.stdout
     whole = device(place, "self-test", "s2.bundle.tar", bare=False)
     assert whole.returncode == 0 and "5 golden vectors" in whole.stdout
+
+
+def test_the_child_may_be_started_otherwise(place):
+    """By a command that sets up another user or an emulator, say; here, one that leaves a trace."""
+    (place / "starter").write_text(f'#!/bin/sh\necho "$@" > {place}/trace\nexec "$@"\n')
+    (place / "starter").chmod(0o755)
+    words = ("self-test", "s2.bundle.tar", "--python")
+    done = device(place, *words, f"{place}/starter {sys.executable} -s", bare=False)
+    assert done.returncode == 0 and "5 golden vectors" in done.stdout, done.stderr
+    assert f"{place}/device.pyz worker" in (place / "trace").read_text()
+    wrong = device(place, *words, "/nowhere/python", bare=False)
+    assert wrong.returncode == 3 and wrong.stderr.count("\n") == 1
+    assert device(place, *words, "'", bare=False).returncode == 2
+
+
+def test_the_child_as_nobody(place):
+    """The model can run as a user who owns nothing, and whom nothing is open to but the files."""
+    nobody = f"setpriv --reuid 65534 --regid 65534 --clear-groups {sys.executable}"
+    if not shutil.which("setpriv") or not works(*nobody.split(), "-c", "import onnxruntime"):
+        pytest.skip("needs root, setpriv, and packages that everybody may read")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for file in ("device.pyz", "s1.bundle.tar", "key.pub"):
+            shutil.copy(place / file, folder)
+        words = ("install", "s1.bundle.tar", "--root", "root", "--trust", "key.pub")
+        done = device(folder, *words, "--python", nobody, bare=False)
+        assert done.returncode == 0 and "5 golden vectors" in done.stdout, done.stderr
+        done = device(folder, "self-test", "s1.bundle.tar", "--python", nobody, bare=False)
+        assert done.returncode == 0, done.stderr
+
+
+def works(*words: str) -> bool:
+    return subprocess.run(words, capture_output=True).returncode == 0
 
 
 def test_without_a_runtime(place):

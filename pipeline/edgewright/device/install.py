@@ -33,7 +33,8 @@ TRUST = "trust"
 @dataclass(frozen=True, kw_only=True)
 class Wish:
     """What an install may do. `trust`: key or trust files; none: those in ROOT/trust. `delta`: the
-    file is one against the release that is installed.
+    file is one against the release that is installed. `python`: the command that starts the
+    child of the self-test.
     """
 
     trust: Sequence[Path] = ()
@@ -43,6 +44,7 @@ class Wish:
     allow_downgrade: bool = False
     self_test: bool = True
     delta: bool = False
+    python: Sequence[str] = ()
 
 
 def install(bundle: Path, root: Path, wish: Wish) -> Report:
@@ -130,7 +132,7 @@ def settle(root: Path, staged: Path, found: Verified, wish: Wish) -> Report:
         return {**report, "action": "already installed", "self_test": None, "before": current}
     proof = None
     if wish.self_test:
-        proof = self_test(content, staged)
+        proof = self_test(content, staged, wish.python)
     release = free_name(root, release)
     os.rename(staged, root / store.RELEASES / release)  # noqa: PTH104 - beside the flushes
     flush(root / store.RELEASES)
@@ -152,7 +154,7 @@ def free_name(root: Path, release: str) -> str:
     return name
 
 
-def self_test(content: Manifest, folder: Path) -> Report:
+def self_test(content: Manifest, folder: Path, python: Sequence[str] = ()) -> Report:
     """Prove the golden vectors of an unpacked bundle on this machine."""
     try:
         from edgewright.device import prove
@@ -163,10 +165,10 @@ def self_test(content: Manifest, folder: Path) -> Report:
             hint="install what the bundle's runtime/lock.txt names; --no-self-test where "
             "something else runs the model",
         ) from None
-    return prove.prove(content, folder, prove.native(content))
+    return prove.prove(content, folder, prove.native(content, python))
 
 
-def self_test_bundle(bundle: Path) -> Report:
+def self_test_bundle(bundle: Path, python: Sequence[str] = ()) -> Report:
     """Verify a bundle, unpack it aside and prove it on this machine; what `prove` returns."""
     import tempfile
 
@@ -174,7 +176,10 @@ def self_test_bundle(bundle: Path) -> Report:
         folder = Path(parent) / "bundle"
         content = extract(bundle, folder)
         fit.check_device(content)
-        return self_test(content, folder)
+        Path(parent).chmod(0o711)  # the child may be another user
+        for inner in folders(folder):
+            inner.chmod(0o755)
+        return self_test(content, folder, python)
 
 
 def time_now(state: store.State, wish: Wish) -> int | None:

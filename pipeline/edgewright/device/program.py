@@ -5,6 +5,7 @@ Only the standard library is imported before a command needs more.
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -99,12 +100,14 @@ def parser(name: str) -> argparse.ArgumentParser:
         "--delta", action="store_true", help="BUNDLE is a delta against what is installed"
     )
     one.add_argument("--no-self-test", action="store_true", help="do not run the golden vectors")
+    python_option(one)
     one = command("self-test", self_test, "Run the golden vectors of BUNDLE, or of what runs.")
     one.add_argument("bundle", type=Path, metavar="BUNDLE", nargs="?")
     root_option(one, required=False)
     one.add_argument(
         "--rollback", action="store_true", help="go back where the current release fails"
     )
+    python_option(one)
     one = command("rollback", rollback, "Go back to the release before the current one.")
     root_option(one)
     one = command("status", status, "Tell what runs, and what to go back to.")
@@ -121,6 +124,25 @@ def parser(name: str) -> argparse.ArgumentParser:
     one = command("mark-good", mark_good, "The current release runs well: stop counting starts.")
     root_option(one)
     return top
+
+
+def python_option(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--python",
+        type=words_of,
+        default=(),
+        metavar="COMMAND",
+        help="starts the self-test's child instead of this Python, as another user for one: "
+        "'setpriv --reuid 65534 --clear-groups python3'",
+    )
+
+
+def words_of(text: str) -> list[str]:
+    """A command's words, split as a shell does."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def root_option(one: argparse.ArgumentParser, required: bool = True) -> None:
@@ -161,6 +183,7 @@ def install(args: argparse.Namespace) -> Result:
         allow_downgrade=args.allow_downgrade,
         self_test=not args.no_self_test,
         delta=args.delta,
+        python=args.python,
     )
     report = installs.install(args.bundle, args.root, wish)
     proof = report["self_test"]
@@ -172,9 +195,9 @@ def self_test(args: argparse.Namespace) -> Result:
     if (args.bundle is None) == (args.root is None):
         raise UsageError("self-test", expected="either BUNDLE or --root ROOT")
     if args.bundle is None:
-        report = starts.self_test(args.root, args.rollback)
+        report = starts.self_test(args.root, args.rollback, args.python)
     else:
-        report = installs.self_test_bundle(args.bundle)
+        report = installs.self_test_bundle(args.bundle, args.python)
     return report, f"ok: {report['vectors']} golden vectors, difference {report['max_abs']:.3g}"
 
 

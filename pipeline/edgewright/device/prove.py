@@ -4,6 +4,7 @@ Needs numpy and onnxruntime beside the standard library, so the device program h
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,14 +80,15 @@ def open_session(manifest: Manifest, model: Path, launch: Launch) -> Session:
     )
 
 
-def native(manifest: Manifest) -> Launch:
-    """How a process for the model starts on the device itself.
+def native(manifest: Manifest, python: Sequence[str] = ()) -> Launch:
+    """How a process for the model starts on the device itself; `python`: not this interpreter.
 
     The address space is no measure of memory, so its limit is wide: it stops a runaway before
     the machine does. What counts is the peak that `check_memory` reads.
     """
     limit = manifest["limits"]["max_memory_bytes"] or physical_memory()
-    return Launch(address_space=min(ADDRESS_SPACE, limit + LIBRARIES))
+    space = min(ADDRESS_SPACE, limit + LIBRARIES)
+    return Launch(python=tuple(python) or Launch.python, address_space=space)
 
 
 def physical_memory() -> int:

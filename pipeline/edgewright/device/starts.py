@@ -1,5 +1,6 @@
 """After an install: counting starts, going back by hand or by itself, telling how things stand."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def rollback(root: Path, reason: str = "by hand") -> dict[str, Any]:
     return {"action": "rolled back", "release": found, "from": current, "reason": reason}
 
 
-def self_test(root: Path, go_back: bool = False) -> dict[str, Any]:
+def self_test(root: Path, go_back: bool = False, python: Sequence[str] = ()) -> dict[str, Any]:
     """Prove the golden vectors of the current release once more; what `prove` returns.
 
     `go_back`: where they fail, let the release before be current, and say so in the error.
@@ -90,7 +91,7 @@ def self_test(root: Path, go_back: bool = False) -> dict[str, Any]:
         raise nothing(root)
     try:
         content = store.check_release(root, current)
-        return install.self_test(content, root / store.RELEASES / current)
+        return install.self_test(content, root / store.RELEASES / current, python)
     except EdgewrightError as error:
         if not go_back:
             raise

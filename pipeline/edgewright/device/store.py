@@ -77,7 +77,8 @@ def prepare(root: Path) -> None:
     root.mkdir(mode=0o755, parents=True, exist_ok=True)
     for name in (RELEASES, STAGING):
         with suppress(FileExistsError):
-            (root / name).mkdir(mode=0o755 if name == RELEASES else 0o700)
+            # Staging: nobody else lists it, yet the self-test's child may be another user.
+            (root / name).mkdir(mode=0o755 if name == RELEASES else 0o711)
     for folder in (root.resolve(), root / RELEASES, root / STAGING):
         facts = folder.lstat()
         if not stat.S_ISDIR(facts.st_mode):
