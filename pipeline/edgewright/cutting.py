@@ -24,6 +24,7 @@ from edgewright.recover import needs_torch
 from edgewright.recover.compensate import compensate
 from edgewright.recover.truth import truth_of
 from edgewright.runtime.timing import cpu_ratio
+from edgewright.settings import suggestion
 from edgewright.softening import grown, regrown, thinned
 from edgewright.stage import Job
 
@@ -89,6 +90,30 @@ def without_excluded(analysis: Analysis, settings: PruneSettings) -> Analysis:
     return replace(analysis, groups=kept)
 
 
+def widths_of(work: Work, weakness: float, power: float = 1.0) -> dict[str, float]:
+    """Units that remain of the groups that [prune.ratios] names.
+
+    weakness: 0 as asked, towards 1 everything; power: of the ratio, for a round of several.
+    Raises BadInput for a pattern that no group fits.
+    """
+    ratios = work.settings.ratios
+    found, used = {}, set()
+    for group in work.analysis.groups:
+        fitting = [p for p in ratios if fnmatch.fnmatchcase(group.name, p)]
+        used.update(fitting)
+        if fitting:
+            asked = ratios[max(fitting, key=lambda p: (p == group.name, len(p), p))]
+            ratio = asked + (1 - asked) * weakness
+            found[group.name] = len(group.units) * ratio**power
+    for pattern in ratios:
+        if pattern not in used:
+            names = [group.name for group in work.analysis.groups]
+            raise BadInput(
+                f"prune.ratios: no group is called '{pattern}'", hint=suggestion(pattern, names)
+            )
+    return found
+
+
 def judged(work: Work, found: Pruned) -> onnx.ModelProto:
     """What the metric is asked about: the cut model, compensated if the recipe has [recover]
     and nothing was trained before the cut."""
@@ -107,12 +132,19 @@ def judged(work: Work, found: Pruned) -> onnx.ModelProto:
     return repaired
 
 
-def at_budget(work: Work, share: float) -> Pruned:
-    """The model cut to a share of the budget's cost, trained before if the recipe says so."""
+def at_budget(work: Work, weakness: float = 0.0) -> Pruned:
+    """The model cut to its budget and ratios, trained before if the recipe says so.
+
+    weakness: from 0, all that is asked, towards 1, nothing.
+    """
+    of, asked = work.settings.budget.named()
+    share = asked + (1 - asked) * weakness
     if work.settings.soft == "regrow":
-        return regrowing(work, share)
-    of, _ = work.settings.budget.named()
-    found = at_latency(work, share) if of == "latency" else in_rounds(work, share)
+        return regrowing(work, share, widths_of(work, weakness))
+    if of == "latency":
+        found = at_latency(work, share, widths_of(work, weakness))
+    else:
+        found = in_rounds(work, share, weakness)
     if work.settings.soft == "lasso":
         return replace(found, training=before(work)[1])
     return growing(work, found) if work.settings.soft == "grow" else found
@@ -145,14 +177,14 @@ def growing(work: Work, found: Pruned) -> Pruned:
     return replace(found, model=small, training=told)
 
 
-def regrowing(work: Work, share: float) -> Pruned:
+def regrowing(work: Work, share: float, widths: dict[str, float]) -> Pruned:
     """The model cut to a share of the budget's cost by units chosen while it is trained."""
     settings, analysis = work.settings, work.analysis
     of, _ = settings.budget.named()
 
     def choose(energy: dict[int, float]) -> Selection:
         costs = Costs(work.model, analysis, COSTS[of], work.sizes)
-        return select(analysis, energy, costs, share, work.multiple, settings.allocation)
+        return select(analysis, energy, costs, share, work.multiple, settings.allocation, widths)
 
     feeds = work.feeds(settings.train.samples)
     model, last, told = regrown(work.model, analysis, choose, feeds, settings.train, work.job.tell)
@@ -160,7 +192,7 @@ def regrowing(work: Work, share: float) -> Pruned:
     return Pruned(small, last.remove, last.share, list(last.rows), told)
 
 
-def in_rounds(work: Work, share: float) -> Pruned:
+def in_rounds(work: Work, share: float, weakness: float) -> Pruned:
     """The model cut to a share of the budget's cost, in `steps` rounds of equal factors."""
     settings = work.settings
     name, _ = settings.budget.named()
@@ -170,12 +202,13 @@ def in_rounds(work: Work, share: float) -> Pruned:
     rows: list[dict[str, Any]] = []
     current = model
     for step in range(settings.steps):
-        goal = share ** ((step + 1) / settings.steps)
+        power = (step + 1) / settings.steps
+        widths = widths_of(work, weakness, power)
         now = analysis if step == 0 else without_excluded(analyse(current), settings)
         costs = Costs(current, now, COSTS[name], work.sizes)
         units = scores_of(work) if step == 0 else score(work, current, now)
-        part = goal * whole / costs.total
-        chosen = select(now, units, costs, part, work.multiple, settings.allocation)
+        part = min(1.0, share**power * whole / costs.total)
+        chosen = select(now, units, costs, part, work.multiple, settings.allocation, widths)
         removed |= translated(now, chosen.remove, analysis, removed)
         rows = list(chosen.rows) if step == 0 else joined(rows, list(chosen.rows))
         current, _ = cut(model, analysis, removed)
@@ -239,7 +272,7 @@ def joined(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[di
     return [{**row, "kept": last.get(row["group"], row)["kept"]} for row in before]
 
 
-def at_latency(work: Work, share: float) -> Pruned:
+def at_latency(work: Work, share: float, widths: dict[str, float]) -> Pruned:
     """The model whose CPU time on this machine is the share of the original's.
 
     Raises BadInput for targets that are not this machine.
@@ -259,7 +292,7 @@ def at_latency(work: Work, share: float) -> Pruned:
 
     def chosen(part: float) -> Selection:
         costs = Costs(model, work.analysis, "macs", work.sizes)
-        return select(work.analysis, known, costs, part, work.multiple, settings.allocation)
+        return select(work.analysis, known, costs, part, work.multiple, settings.allocation, widths)
 
     def measure(selection: Selection) -> float:
         job.tell(f"timing the model at {selection.share:.0%} of the work")

@@ -40,7 +40,8 @@ def run(job: Job) -> Report:
         "needs": needs(work),
         "allocation": settings.allocation,
         "multiple": work.multiple,
-        "budget": {"of": name, "asked": share},
+        "budget": {"of": name, "asked": share if share < 1 else None},
+        "ratios": settings.ratios,
         "frozen": list(analysis.frozen),
         "tries": [],
     }
@@ -95,7 +96,7 @@ def within_drop(work: Work, report: Report) -> Pruned | None:
     job, settings = work.job, work.settings
     name, asked = settings.budget.named()
     retained = retention(job.recipe, job.models.get("export", job.input_model()), job.tell)
-    found = at_budget(work, asked)
+    found = at_budget(work)
     most = settings.max_drop
     if most is None:
         return found
@@ -113,17 +114,18 @@ def within_drop(work: Work, report: Report) -> Pruned | None:
     if drop(found) <= most:
         return found
     best: Pruned | None = None
-    too_small, whole = found.share, 1.0
+    too_strong, whole = 0.0, 1.0
     for _ in range(TRIES):
-        if whole - too_small < CLOSE:
+        if (whole - too_strong) * (1 - found.share) < CLOSE:
             break
-        middle = (too_small + whole) / 2
+        middle = (too_strong + whole) / 2
         one = at_budget(work, middle)
         if drop(one) <= most:
             best, whole = one, middle
         else:
-            too_small = middle
-    text = f"a budget of {asked:g} {name} costs more than {most:.2%} of the metric"
+            too_strong = middle
+    what = f"a budget of {asked:g} {name}" if asked < 1 else "the cut by ratios"
+    text = f"{what} costs more than {most:.2%} of the metric"
     left = f"{best.share:.3f} of the {name} is left instead" if best else "nothing is pruned"
     note(report, "warning", f"{text}: {left}")
     return best

@@ -79,7 +79,7 @@ class QuantizeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneBudget:
-    """What may remain, as a share of the model that pruning starts from; one of these."""
+    """What may remain, as a share of the model that pruning starts from; at most one of these."""
 
     macs: float | None = None
     params: float | None = None
@@ -87,8 +87,8 @@ class PruneBudget:
     latency: float | None = None
 
     def named(self) -> tuple[str, float]:
-        """The one that is given."""
-        return next((k, v) for k, v in vars(self).items() if v is not None)
+        """The one that is given; all of the work, where [prune.ratios] alone say what goes."""
+        return next(((k, v) for k, v in vars(self).items() if v is not None), ("macs", 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,8 @@ class PruneSettings:
     weights of the original.
     """
 
-    budget: PruneBudget
+    budget: PruneBudget = PruneBudget()
+    ratios: dict[str, float] = field(default_factory=dict)
     criterion: Literal[
         "l1", "l2", "bn_gamma", "activation", "hessian", "taylor", "fisher", "random"
     ] = "hessian"
@@ -390,22 +391,32 @@ def expiry(day: str, where: str) -> int:
 
 
 def check_prune(prune: PruneSettings, where: str) -> None:
-    """One budget, a share between 0 and 1; counts that can be."""
+    """One budget or ratios, shares between 0 and 1; counts that can be."""
     given = {k: v for k, v in vars(prune.budget).items() if v is not None}
-    if len(given) != 1:
+    if len(given) > 1 or not (given or prune.ratios):
         raise BadInput(
             f"{where}: prune.budget",
             expected="one of macs, params, size and latency",
             found=", ".join(given) or "none",
+            hint="" if given else "say what may remain, or name groups in [prune.ratios]",
         )
-    (name, share), *_ = given.items()
-    if not 0 < share < 1:
+    if prune.zero and not given:
         raise BadInput(
-            f"{where}: prune.budget.{name}",
-            expected="a share that may remain, above 0 and below 1 (0.65 keeps 65 %)",
-            found=str(share),
-            hint="remove [prune] to keep everything",
+            f"{where}: prune.zero without prune.budget", hint="add budget = { size = 0.5 }"
         )
+    if prune.zero and prune.ratios:
+        raise BadInput(f"{where}: prune.zero with prune.ratios", hint="ratios are of whole units")
+    shares = {f"budget.{k}": v for k, v in given.items()}
+    for name, share in (shares | {f"ratios.{k}": v for k, v in prune.ratios.items()}).items():
+        if not 0 < share < 1:
+            raise BadInput(
+                f"{where}: prune.{name}",
+                expected="a share that may remain, above 0 and below 1 (0.65 keeps 65 %)",
+                found=str(share),
+                hint="name groups in exclude to keep all of them"
+                if name.startswith("ratios")
+                else "remove [prune] to keep everything",
+            )
     for key, least in (("multiple", 0), ("steps", 1), ("samples", 2)):
         if getattr(prune, key) < least:
             raise BadInput(

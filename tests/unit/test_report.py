@@ -441,6 +441,8 @@ def test_compression_is_told_stage_by_stage() -> None:
         "groups": [{"group": "w<1>", "kind": "heads", "units": 12, "kept": 8, "reason": ""}],
         "frozen": [{"node": "n", "op": "TopK", "reason": "no rule for this operator"}],
         "tries": [{"budget": 0.5, "drop": 0.04, "kept": False}],
+        "ratios": {"conv*": 0.25},
+        "soft": {"way": "grow", "steps": 300},
     }
     recover = {
         "method": "compensate",

@@ -39,6 +39,7 @@ class Plan:
     widths: list[int]  # that may remain, falling; the first is all units
     reason: str = ""
     at: int = 0  # the width chosen
+    fixed: bool = False  # the width is the recipe's, not the budget's
 
     def block(self) -> list[int]:
         """The units of the next step; none where it ends here."""
@@ -96,16 +97,25 @@ def select(
     share: float,
     multiple: int = 1,
     allocation: Allocation = "global",
+    widths: Mapping[str, float] = {},
 ) -> Selection:
     """The units to remove so that at most `share` of the cost remains, missed by one step at most.
 
     costs: fresh, of the whole model; used up. multiple: of what remains in each group (heads are
-    counted as heads); groups that cannot shrink to a multiple stay whole, with a reason. Raises
-    BadInput for a share outside (0, 1), where nothing is prunable, and for a budget below what
-    is left when every group is at its least.
+    counted as heads); groups that cannot shrink to a multiple stay whole, with a reason. widths:
+    by the name of a group, how many of its units remain, rounded to the nearest width it can
+    have; the other groups meet the share, which may be 1 where there are any. Raises BadInput for
+    a share outside (0, 1), where nothing is prunable, and for a budget below what is left when
+    every group is at its least.
     """
-    check_share(share)
-    plans = plans_for(analysis, scores, multiple)
+    if not (widths and share == 1):
+        check_share(share)
+    every = plans_for(analysis, scores, multiple)
+    for plan in every:
+        if plan.group.name in widths:
+            fix(plan, widths[plan.group.name])
+            costs.remove(plan.removed())
+    plans = [plan for plan in every if not plan.fixed]
     goal = share * costs.total
     least = costs_without(costs, [u for p in plans for u in p.order[: len(p.order) - p.widths[-1]]])
     if least > goal:
@@ -114,12 +124,22 @@ def select(
             expected=f"at least {least / costs.total:.3f}, which is what cannot be pruned",
             hint="raise the budget of [prune]",
         )
-    if allocation == "uniform":
+    if costs.now <= goal:
+        pass  # the widths alone save enough
+    elif allocation == "uniform":
         evenly(plans, costs, goal)
     else:
         cheapest_first(plans, scores, costs, goal)
-    remove = [u for plan in plans for u in plan.removed()]
-    return Selection(frozenset(remove), costs.now / costs.total, tuple(row(p) for p in plans))
+    remove = [u for plan in every for u in plan.removed()]
+    return Selection(frozenset(remove), costs.now / costs.total, tuple(row(p) for p in every))
+
+
+def fix(plan: Plan, width: float) -> None:
+    """Move a plan to the width nearest to the one asked for, the larger of two; it stays there."""
+    plan.fixed = True
+    plan.at = min(range(len(plan.widths)), key=lambda i: (abs(plan.widths[i] - width), i))
+    if plan.at == 0 and not plan.reason:
+        plan.reason = f"the ratio of the recipe rounds to all of its {len(plan.order)} units"
 
 
 def costs_without(costs: Costs, units: list[int]) -> float:

@@ -24,12 +24,18 @@ def prune(report: tables.Report) -> dict[str, Any]:
         return {}
     of = plain(find(report, "budget", "of"))
     asked, left = (find(report, "budget", key) for key in ("asked", "left"))
+    wanted = "" if asked is None else f"{tables.share_text(asked)} of the {of}; "
+    facts = [("budget", f"{wanted}{tables.share_text(left)} is left")]
+    if isinstance(ratios := find(report, "ratios"), dict):
+        facts += [
+            (f"units of {plain(k)} to remain", tables.share_text(v)) for k, v in ratios.items()
+        ]
+    if isinstance(soft := find(report, "soft"), dict):
+        steps = plain(soft.get("steps"))
+        facts.append(("trained before the cut", f"{plain(soft.get('way'))}, {steps} steps"))
     return {
         "facts": [
-            (
-                "budget",
-                f"{tables.share_text(asked)} of the {of}; {tables.share_text(left)} is left",
-            ),
+            *facts,
             ("criterion", f"{plain(report.get('criterion'))} ({plain(report.get('needs'))})"),
             ("allocation", plain(report.get("allocation"))),
             ("widths are multiples of", plain(report.get("multiple"))),
