@@ -915,17 +915,33 @@ def trust_update(old: Path, new: Path, no_clock: bool) -> None:
 
 
 @cli.command("self-test")
-@click.argument("bundle_path", metavar="BUNDLE", type=PATH)
+@click.argument("bundle_path", metavar="[BUNDLE]", type=PATH, required=False)
 @click.option("--target", "target_name", help="Run as this profile says. Default: as it fits.")
+@click.option("--root", type=PATH, help="Test the release that is installed below this folder.")
+@click.option("--rollback", is_flag=True, help="With --root: go back where it fails.")
 @options("json")
-def self_test(bundle_path: Path, target_name: str | None, as_json: bool) -> None:
+def self_test(
+    bundle_path: Path | None,
+    target_name: str | None,
+    root: Path | None,
+    rollback: bool,
+    as_json: bool,
+) -> None:
     """Verify BUNDLE and run its golden vectors on this machine.
 
     \b
     edgewright self-test keyword-1.4.0-arm.bundle.tar
+    edgewright self-test --root /opt/keyword --rollback
     """
+    from edgewright.device import program
     from edgewright.device.selftest import self_test as tested
 
+    if (bundle_path is None) == (root is None) or (root is None and rollback):
+        raise UsageError("self-test", expected="either BUNDLE, or --root ROOT [--rollback]")
+    if bundle_path is None:
+        flags = [*(["--rollback"] if rollback else []), *(["--json"] if as_json else [])]
+        emit(program.run(["self-test", "--root", str(root), *flags], "edgewright"))
+        return
     report = tested(bundle_path, load_target(target_name) if target_name else None)
     if as_json:
         emit_json(report)

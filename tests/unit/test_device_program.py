@@ -152,6 +152,9 @@ COMMANDS = [
     ("mark-good", "--root", "ROOT", "--json"),
     ("rollback", "--root", "ROOT"),
     ("status", "--root", "ROOT", "--check"),
+    ("self-test", "--root", "ROOT", "s1.bundle.tar"),
+    ("self-test", "s1.bundle.tar", "--rollback"),
+    ("self-test", "--root", "nowhere"),
     ("status",),
     ("install", "--no-such-option"),
 ]
@@ -176,7 +179,7 @@ def test_the_same_answers_as_the_package(place):
             assert one == other or (words[0] == "verify" and "nowhere" in words[1]), words
             assert file.stderr.count("\n") == 1 and "Traceback" not in file.stderr
         codes.append(file.returncode)
-    assert codes == [0, 5, 5, 3, 5, 2, 0, 5, 0, 0, 6, 0, 2, 2]
+    assert codes == [0, 5, 5, 3, 5, 2, 0, 5, 0, 0, 6, 0, 2, 2, 2, 2, 2]
 
 
 def test_golden_vectors_in_the_single_file(place):

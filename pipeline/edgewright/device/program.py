@@ -192,8 +192,8 @@ def install(args: argparse.Namespace) -> Result:
 
 
 def self_test(args: argparse.Namespace) -> Result:
-    if (args.bundle is None) == (args.root is None):
-        raise UsageError("self-test", expected="either BUNDLE or --root ROOT")
+    if (args.bundle is None) == (args.root is None) or (args.bundle and args.rollback):
+        raise UsageError("self-test", expected="either BUNDLE, or --root ROOT [--rollback]")
     if args.bundle is None:
         report = starts.self_test(args.root, args.rollback, args.python)
     else:
