@@ -161,7 +161,8 @@ class Distillation:
     attention: weights of the losses. hard: weight of the true labels where they are given, at
     most 0.3, taken from the others. features: names of tensors for the feature loss; empty:
     the one before the last pooling. mix: trains on mixtures of two samples as well, for inputs
-    that are float32. keep_zeros: weights that are zero stay zero. samples: kept in memory.
+    that are float32. keep_zeros: weights that are zero stay zero. quantized:
+    trains with weights and activations rounded as int8 will round them. samples: kept in memory.
     threads: of the training; the result's last bits depend on their number.
     """
 
@@ -180,6 +181,7 @@ class Distillation:
     features: tuple[str, ...] = ()
     mix: bool = True
     keep_zeros: bool = False
+    quantized: bool = False
     samples: int = 1024
     threads: int = 2
 

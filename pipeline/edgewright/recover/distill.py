@@ -11,10 +11,12 @@ import onnx
 import torch
 
 from edgewright.data import Feed
+from edgewright.errors import BadInput
 from edgewright.recipe import Distillation
 from edgewright.recover.batches import Student, Teacher, digest_of, take_samples
-from edgewright.recover.executor import to_module
+from edgewright.recover.executor import GraphModule, to_module
 from edgewright.recover.lesson import Lesson, make_lesson
+from edgewright.recover.rounding import rounding_of
 from edgewright.recover.training import Outcome, Schedule, fit, repeatable
 from edgewright.stage import Tell, say_nothing
 
@@ -82,6 +84,10 @@ def train(
         parts = [m.SerializeToString(deterministic=True) for m in models]
         parts += [json.dumps(asdict(settings), sort_keys=True).encode(), more]
         parts += [] if labels is None else [np.ascontiguousarray(labels).tobytes()]
+        if settings.quantized:
+            if graph is None or not isinstance(pupil, GraphModule):
+                raise BadInput("recover.distill.quantized", expected="an ONNX graph as student")
+            pupil.rounding = rounding_of(graph, pupil, samples)
         lesson.penalty, after = hooks(pupil.weights)
         outcome = fit(
             pupil.weights,

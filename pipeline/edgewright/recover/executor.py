@@ -6,7 +6,7 @@ converters, onnx2torch fails on what torch's exporter writes today and loses Mat
 onnx2fx 0.0.1 lacks recurrent layers and makes every scalar trainable.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,8 @@ class GraphModule(torch.nn.Module):
     """A model as a torch module: `module(feeds)` gives its outputs.
 
     weights: the trained tensors by the name of their initializer (also what `parameters()`
-    yields, in the same order).
+    yields, in the same order). rounding: tensors of the main graph that every reader gets through
+    a function, for quantization-aware training.
     """
 
     def __init__(self, model: onnx.ModelProto, train: Sequence[str]) -> None:
@@ -171,6 +172,7 @@ class GraphModule(torch.nn.Module):
         for k, name in enumerate(train):
             self.weights[name] = torch.nn.Parameter(to_tensor(stored[name]))
             self.register_parameter(f"p{k}", self.weights[name])  # names there may hold no dot
+        self.rounding: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self.last: dict[str, int] = {}
         for k, proto in enumerate(model.graph.node):
             self.last.update(dict.fromkeys(reads(proto), k))
@@ -184,9 +186,10 @@ class GraphModule(torch.nn.Module):
             if name not in feeds:
                 raise BadInput(f"model input '{name}' is missing in a feed")
             value = feeds[name]
-            scope[name] = as_tensor(value, name) if isinstance(value, np.ndarray) else value
+            tensor = as_tensor(value, name) if isinstance(value, np.ndarray) else value
+            scope[name] = self.rounding.get(name, same)(tensor)
         names = self.outputs if wanted is None else tuple(wanted)
-        run_plan(self.plan, scope, self.weights, self.last, set(names))
+        run_plan(self.plan, scope, self.weights, self.last, set(names), self.rounding)
         if missing := [n for n in names if n not in scope]:
             raise BadInput(f"the model has no tensor '{missing[0]}'")
         return [self.value(scope[n]) for n in names]
@@ -213,16 +216,21 @@ class GraphModule(torch.nn.Module):
             proto.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), proto.name))
 
 
+def same(value: Tensor) -> Tensor:
+    return value
+
+
 def run_plan(
     plan: Plan,
     scope: dict[str, Value],
     weights: Mapping[str, Tensor],
     last: Mapping[str, int] | None,
     wanted: set[str],
+    rounding: Mapping[str, Callable[[Tensor], Tensor]] = {},
 ) -> None:
     """Run the nodes; what they make joins `scope`, and leaves it when nothing reads it later."""
     for name, value in plan.constants.items():
-        scope[name] = weights.get(name, value)
+        scope[name] = rounding.get(name, same)(weights.get(name, value))
     for k, node in enumerate(plan.nodes):
         if node.op == "If":
             results = run_branch(plan.branches[k], node, scope)
@@ -232,7 +240,7 @@ def run_plan(
             results = run_node(node, [scope[n] for n in node.inputs])
         for name, result in zip(node.outputs, results, strict=False):
             if name:
-                scope[name] = result
+                scope[name] = rounding.get(name, same)(result)
         if last is None:
             continue
         for name in (*node.inputs, *node.outputs):
