@@ -37,6 +37,13 @@ def calibration() -> Iterator[dict[str, np.ndarray]]:
         yield {"image": images[k : k + 1]}
 
 
+def unlabelled() -> Iterator[dict[str, np.ndarray]]:
+    """Feeds to learn from: all training pictures in random order (seed 0), no labels."""
+    images, _ = split("train")
+    for k in np.random.RandomState(0).permutation(len(images)):
+        yield {"image": images[k : k + 1]}
+
+
 def evaluation() -> dict[str, np.ndarray]:
     """The test split."""
     images, labels = split("test")
