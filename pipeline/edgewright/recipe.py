@@ -150,6 +150,9 @@ class PruneSettings:
     seed: int = 0
 
 
+HOLD = 5  # every fifth calibration sample is held out to judge training by
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
     """[recover.distill]: how the pruned model learns from the original.

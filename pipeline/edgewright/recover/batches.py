@@ -15,7 +15,6 @@ from edgewright.runtime.local import open_local
 from edgewright.taps import expose
 
 MEMORY = 512 << 20  # bytes of samples kept at most
-HOLD = 5  # every fifth sample is held out
 FEWEST = 5
 SAME = 1e-3  # a stacked run may differ by this share of the largest value: another order of sums
 

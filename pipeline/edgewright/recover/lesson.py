@@ -10,9 +10,9 @@ import torch
 
 from edgewright.data import Feed
 from edgewright.errors import BadInput
-from edgewright.recipe import Distillation
+from edgewright.recipe import HOLD, Distillation
 from edgewright.recover import losses
-from edgewright.recover.batches import HOLD, Pair, Student, Teacher, rows_of_step, runtime_teacher
+from edgewright.recover.batches import Pair, Student, Teacher, rows_of_step, runtime_teacher
 from edgewright.recover.losses import Target
 from edgewright.recover.ops import Tensor
 from edgewright.recover.training import Score
