@@ -19,7 +19,7 @@ from edgewright.recipe import QuantizeSettings
 from edgewright.report.findings import findings_text
 from edgewright.target import Target, load_target, parse_target
 
-KIT = Path("/work/shared/kit")
+KIT = Path(__file__).resolve().parents[3] / "shared" / "kit"
 
 
 def net(text: str, opset: int = 17, **weights: np.ndarray) -> onnx.ModelProto:
