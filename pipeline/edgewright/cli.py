@@ -417,6 +417,24 @@ def settings(recipe_path: Path, target_name: str) -> tuple[Recipe, Target]:
     return load_recipe(recipe_path), load_target(target_name)
 
 
+def on_one(
+    stage: str,
+    model: Path,
+    recipe_path: Path,
+    target_name: str,
+    output: Path,
+    as_json: bool,
+    original: Path | None = None,
+) -> None:
+    """Run one stage on one model and show its report; `original`: what is compared with."""
+    recipe, target = settings(recipe_path, target_name)
+    for table, hint in (("prune", "budget = { macs = 0.7 }"), ("share", "codebook = 64")):
+        if stage == table and getattr(recipe, table) is None:
+            raise BadInput(f"{recipe_path} has no [{table}]", hint=f"add [{table}] with {hint}")
+    models = {"export": original or model, "newest": model}
+    show(recipe, target, on_files([stage], recipe, target, models, output=output), as_json)
+
+
 @cli.command()
 @click.argument("model", type=PATH, required=False)
 @options("recipe", "target", "output", "json")
@@ -444,9 +462,7 @@ def simplify(model: Path, recipe_path: Path, target_name: str, output: Path, as_
     \b
     edgewright simplify model.onnx --recipe recipe.toml -o simple.onnx
     """
-    recipe, target = settings(recipe_path, target_name)
-    models = {"export": model, "newest": model}
-    show(recipe, target, on_files(["simplify"], recipe, target, models, output=output), as_json)
+    on_one("simplify", model, recipe_path, target_name, output, as_json)
 
 
 @cli.command()
@@ -458,11 +474,7 @@ def prune(model: Path, recipe_path: Path, target_name: str, output: Path, as_jso
     \b
     edgewright prune simple.onnx --recipe recipe.toml -o pruned.onnx
     """
-    recipe, target = settings(recipe_path, target_name)
-    if recipe.prune is None:
-        raise BadInput(f"{recipe_path} has no [prune]", hint="add budget = { macs = 0.7 } to it")
-    models = {"export": model, "newest": model}
-    show(recipe, target, on_files(["prune"], recipe, target, models, output=output), as_json)
+    on_one("prune", model, recipe_path, target_name, output, as_json)
 
 
 @cli.command()
@@ -482,9 +494,7 @@ def recover(
     \b
     edgewright recover pruned.onnx --original simple.onnx --recipe recipe.toml -o repaired.onnx
     """
-    recipe, target = settings(recipe_path, target_name)
-    models = {"export": original, "newest": model}
-    show(recipe, target, on_files(["recover"], recipe, target, models, output=output), as_json)
+    on_one("recover", model, recipe_path, target_name, output, as_json, original)
 
 
 @cli.command()
@@ -496,11 +506,7 @@ def share(model: Path, recipe_path: Path, target_name: str, output: Path, as_jso
     \b
     edgewright share simple.onnx --recipe recipe.toml -o shared.onnx
     """
-    recipe, target = settings(recipe_path, target_name)
-    if recipe.share is None:
-        raise BadInput(f"{recipe_path} has no [share]", hint="add [share] with codebook = 64")
-    models = {"export": model, "newest": model}
-    show(recipe, target, on_files(["share"], recipe, target, models, output=output), as_json)
+    on_one("share", model, recipe_path, target_name, output, as_json)
 
 
 @cli.command()
@@ -554,9 +560,7 @@ def quantize(model: Path, recipe_path: Path, target_name: str, output: Path, as_
     \b
     edgewright quantize simple.onnx --recipe recipe.toml --target arm -o int8.onnx
     """
-    recipe, target = settings(recipe_path, target_name)
-    models = {"export": model, "newest": model}
-    show(recipe, target, on_files(["quantize"], recipe, target, models, output=output), as_json)
+    on_one("quantize", model, recipe_path, target_name, output, as_json)
 
 
 @cli.command()

@@ -20,7 +20,7 @@ from edgewright.prune.cut import cut
 from edgewright.prune.labels import Analysis, analyse
 from edgewright.prune.select import Selection, for_latency, select
 from edgewright.recipe import PruneSettings
-from edgewright.recover import needs_torch
+from edgewright.recover import fitting, needs_torch
 from edgewright.recover.compensate import compensate
 from edgewright.recover.truth import truth_of
 from edgewright.runtime.timing import cpu_ratio
@@ -125,7 +125,7 @@ def judged(work: Work, found: Pruned) -> onnx.ModelProto:
         work.model,
         repaired,
         kept,
-        work.feeds(settings.samples),
+        lambda: fitting(settings, work.feeds(settings.samples)()),
         work.job.tell,
         work.job.folder,
     )
@@ -200,7 +200,7 @@ def in_rounds(work: Work, share: float, weakness: float) -> Pruned:
     whole = Costs(model, analysis, COSTS[name], work.sizes).total
     removed: frozenset[int] = frozenset()
     rows: list[dict[str, Any]] = []
-    current = model
+    current, left = model, whole
     for step in range(settings.steps):
         power = (step + 1) / settings.steps
         widths = widths_of(work, weakness, power)
@@ -208,13 +208,16 @@ def in_rounds(work: Work, share: float, weakness: float) -> Pruned:
         costs = Costs(current, now, COSTS[name], work.sizes)
         units = scores_of(work) if step == 0 else score(work, current, now)
         part = min(1.0, share**power * whole / costs.total)
+        if part == 1 and not widths:
+            continue  # rounding has met this round's goal in the one before
         chosen = select(now, units, costs, part, work.multiple, settings.allocation, widths)
         removed |= translated(now, chosen.remove, analysis, removed)
+        left = chosen.share * costs.total
         rows = list(chosen.rows) if step == 0 else joined(rows, list(chosen.rows))
         current, _ = cut(model, analysis, removed)
         if step + 1 < settings.steps:  # scores of a model that is only cut would say little
             current = judged(work, Pruned(current, removed, 1.0, rows))
-    return Pruned(current, removed, chosen.share * costs.total / whole, rows)
+    return Pruned(current, removed, left / whole, rows)
 
 
 def scores_of(work: Work) -> dict[int, float]:

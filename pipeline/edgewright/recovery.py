@@ -4,22 +4,21 @@ Compensation by least squares (`recover.compensate`), then, where the recipe ask
 distillation from the original (`recover.distill`, needs torch). This file is the stage.
 """
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import onnx
 
 from edgewright import model as graph
-from edgewright.data import Feed, samples
+from edgewright.data import samples
 from edgewright.errors import BadInput
 from edgewright.model import array
 from edgewright.prune.cut import Kept, cut
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import removed_units, unmarked
 from edgewright.prune.untie import untie
-from edgewright.recipe import HOLD, RecoverSettings
-from edgewright.recover import needs_torch
+from edgewright.recipe import RecoverSettings
+from edgewright.recover import fitting, needs_torch
 from edgewright.recover.compensate import compensate
 from edgewright.recover.truth import truth_of
 from edgewright.stage import Job, Report
@@ -76,17 +75,6 @@ def repaired(
         job.folder,
     )
     return model, kept
-
-
-def fitting(settings: RecoverSettings, feeds: Iterable[Feed]) -> Iterator[Feed]:
-    """The samples that compensation is fitted on: not those that training is judged by.
-
-    On samples it was fitted on the start looks nearer to the original than it is, and early
-    stopping would keep it.
-    """
-    for k, feed in enumerate(feeds):
-        if settings.method != "distill" or k % HOLD != HOLD - 1:
-            yield feed
 
 
 def trained(sliced: onnx.ModelProto, pruned: onnx.ModelProto) -> bool:

@@ -1,9 +1,9 @@
-"""The stage recover: what compensation may see."""
+"""What compensation may see."""
 
 import numpy as np
 
 from edgewright.recipe import RecoverSettings
-from edgewright.recovery import fitting
+from edgewright.recover import fitting
 
 
 def test_compensation_does_not_see_what_training_is_judged_by() -> None:

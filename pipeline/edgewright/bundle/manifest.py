@@ -37,7 +37,6 @@ SIGNATURE = "manifest.dsse.json"
 SBOM = "sbom.cdx.json"
 PROVENANCE = "provenance.intoto.json"
 LICENSES = "LICENSES/"
-RUNNER = "bin/"
 BENCHMARK = "report/bench.json"
 PAGE = "report/report.html"
 

@@ -18,13 +18,6 @@ SPARE_FILES = 32
 TAGS = "tags"  # a file in the root: what else this device is, a line each
 
 
-def check_fit(manifest: Manifest, root: Path) -> None:
-    """Refuse a bundle for another device, another runtime, or more than the free space."""
-    check_device(manifest, own_tags(root))
-    check_runtime(manifest, installed_runtime())
-    check_space(manifest, root)
-
-
 def own_tags(root: Path) -> frozenset[str]:
     """What the owner of the device says it is."""
     try:

@@ -1,9 +1,11 @@
-"""The stage `recover`: what pruning lost comes back without labels."""
+"""What pruning lost comes back without labels: the library behind the stage `recover`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from edgewright.data import Feed
 from edgewright.errors import EnvironmentMissing
+from edgewright.recipe import HOLD, RecoverSettings
 
 
 @contextmanager
@@ -20,3 +22,14 @@ def needs_torch(what: str, otherwise: str) -> Iterator[None]:
             found=str(error),
             hint=f"pip install 'edgewright[torch]', or set {otherwise}",
         ) from None
+
+
+def fitting(settings: RecoverSettings, feeds: Iterable[Feed]) -> Iterator[Feed]:
+    """The samples that compensation is fitted on: not those that training is judged by.
+
+    On samples it was fitted on the start looks nearer to the original than it is, and early
+    stopping would keep it.
+    """
+    for k, feed in enumerate(feeds):
+        if settings.method != "distill" or k % HOLD != HOLD - 1:
+            yield feed
