@@ -15,8 +15,8 @@ from typing import Any
 from edgewright.bundle import manifest
 from edgewright.device import envelope
 from edgewright.device.verify import Verified
-from edgewright.errors import BadInput, EnvironmentMissing
-from edgewright.signing import private_bytes, releasable
+from edgewright.errors import BadInput
+from edgewright.signing import needs_cryptography, private_bytes, releasable
 
 SUFFIX = ".oms.sig"
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -30,14 +30,9 @@ def sign(bundle: Path, key: Path, *, any_verdict: bool = False) -> bytes:
 
     UsageError where the gate did not say PASS, unless `any_verdict`.
     """
-    try:
+    with needs_cryptography():
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
-    except ImportError:
-        raise EnvironmentMissing(
-            "signing needs the package cryptography",
-            hint="python -m pip install 'edgewright[sign]'",
-        ) from None
     try:
         private: Any = serialization.load_pem_private_key(private_bytes(key), None)
     except (ValueError, TypeError):

@@ -12,7 +12,8 @@ import os
 import shlex
 import stat
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,15 +38,22 @@ class Signer:
     sign: Callable[[bytes], bytes]
 
 
-def ed25519_library() -> Any:
-    """The library's module for Ed25519; EnvironmentMissing without it."""
+@contextmanager
+def needs_cryptography() -> Iterator[None]:
+    """Around an import of the library: EnvironmentMissing where it is absent."""
     try:
-        from cryptography.hazmat.primitives.asymmetric import ed25519 as module
+        yield
     except ImportError:
         raise EnvironmentMissing(
             "signing needs the package cryptography",
             hint="python -m pip install 'edgewright[sign]'",
         ) from None
+
+
+def ed25519_library() -> Any:
+    """The library's module for Ed25519; EnvironmentMissing without it."""
+    with needs_cryptography():
+        from cryptography.hazmat.primitives.asymmetric import ed25519 as module
     return module
 
 

@@ -148,3 +148,11 @@ def test_labels_change_what_gradients_say(edgewright, tmp_path: Path) -> None:
     np.save(recipe.parent / "labels.npy", np.zeros(19, int))
     ran = edgewright(*words)
     assert ran.code == 3 and "one for each sample" in ran.err, ran.err
+
+
+def test_a_round_that_rounding_overshot_is_no_error(edgewright, tmp_path: Path) -> None:
+    """16 of 32 channels go at once: the first round of a mild budget meets all the others'."""
+    table = 'budget = { macs = 0.95 }\ncriterion = "l2"\nmultiple = 16\nsteps = 4'
+    ran, _, _ = prune(edgewright, tmp_path, table)
+    assert ran.code == 0, ran.err
+    assert ran.json["prune"]["budget"]["left"] < 0.95**0.75

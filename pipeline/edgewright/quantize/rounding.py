@@ -17,12 +17,6 @@ BLOCK = 128
 NO_PAIRS = saturation.pairs(0)
 
 
-def nearest(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Codes by rounding to nearest; weight (groups, channels, n), scales (groups, channels)."""
-    codes: np.ndarray = np.clip(np.round(weight / scales[..., None]), -QMAX, QMAX)
-    return codes.astype(np.int8)
-
-
 def round_by_output(
     weight: np.ndarray,
     scales: np.ndarray,
@@ -30,7 +24,7 @@ def round_by_output(
     damping: float = 0.01,
     pairs: np.ndarray = NO_PAIRS,
 ) -> np.ndarray:
-    """Codes that keep the output; shapes as in `nearest`.
+    """Codes that keep the output; weight (groups, channels, n), scales (groups, channels).
 
     moments: (groups, n, n). damping: share of the mean diagonal added to the diagonal, so that
     inputs that are always zero or always alike do not let errors run away. pairs: columns that
@@ -97,11 +91,3 @@ def order_of(diagonal: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     alone = np.setdiff1d(np.arange(n), pairs)
     alone = np.broadcast_to(alone, (groups, len(alone)))
     return np.concatenate([paired.reshape(groups, -1), alone], axis=1)
-
-
-def output_error(
-    weight: np.ndarray, codes: np.ndarray, scales: np.ndarray, moments: np.ndarray
-) -> float:
-    """Sum of (W - Q) H (W - Q)^T over all channels: the layer's squared output error."""
-    difference = weight - codes * scales[..., None]
-    return float(np.einsum("gci,gij,gcj->", difference, moments, difference, optimize=True))
