@@ -1,0 +1,89 @@
+"""The commands of the device's side, and the one that packs them for a device."""
+
+from pathlib import Path
+
+import click
+
+from edgewright.cli.options import PATH, options
+from edgewright.cli.terminal import emit, emit_json
+from edgewright.errors import UsageError
+from edgewright.files import write_atomic
+from edgewright.target import load_target
+
+DEVICE_COMMANDS = {
+    "install": "Verify, unpack and prove BUNDLE below --root, then let it be current.",
+    "rollback": "Go back to the release before the current one.",
+    "status": "Tell what is installed below --root, and what to go back to.",
+    "start-check": "Before each start of what runs: count it, go back if need be.",
+    "mark-good": "The current release runs well: stop counting its starts.",
+}
+
+
+@click.command("self-test")
+@click.argument("bundle_path", metavar="[BUNDLE]", type=PATH, required=False)
+@click.option("--target", "target_name", help="Run as this profile says. Default: as it fits.")
+@click.option("--root", type=PATH, help="Test the release that is installed below this folder.")
+@click.option("--rollback", is_flag=True, help="With --root: go back where it fails.")
+@options("json")
+def self_test(
+    bundle_path: Path | None,
+    target_name: str | None,
+    root: Path | None,
+    rollback: bool,
+    as_json: bool,
+) -> None:
+    """Verify BUNDLE and run its golden vectors on this machine.
+
+    \b
+    edgewright self-test keyword-1.4.0-arm.bundle.tar
+    edgewright self-test --root /opt/keyword --rollback
+    """
+    from edgewright.device import program
+    from edgewright.device.selftest import self_test as tested
+
+    if (bundle_path is None) == (root is None) or (root is None and rollback):
+        raise UsageError("self-test", expected="either BUNDLE, or --root ROOT [--rollback]")
+    if bundle_path is None:
+        flags = [*(["--rollback"] if rollback else []), *(["--json"] if as_json else [])]
+        emit(program.run(["self-test", "--root", str(root), *flags], "edgewright"))
+        return
+    report = tested(bundle_path, load_target(target_name) if target_name else None)
+    if as_json:
+        emit_json(report)
+        return
+    how = "to the last bit" if report["exact"] else f"largest difference {report['max_abs']:.3g}"
+    emit(f"ok: {report['vectors']} golden vectors, {how}")
+
+
+def passed_on(name: str) -> click.Command:
+    """A command whose words go to the device program as they are: one parser for both."""
+    settings = {"ignore_unknown_options": True, "help_option_names": []}
+
+    @click.command(name, context_settings=settings, add_help_option=False)
+    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
+    def command(words: tuple[str, ...]) -> None:
+        from edgewright.device import program
+
+        emit(program.run([name, *words], "edgewright"))
+
+    command.help = command.short_help = DEVICE_COMMANDS[name]
+    return command
+
+
+PASSED_ON = tuple(passed_on(name) for name in DEVICE_COMMANDS)
+
+
+@click.command("device-program")
+@options("output")
+def device_program(output: Path) -> None:
+    """Write the device's side of this program as one file that needs Python alone.
+
+    \b
+    edgewright device-program -o edgewright-device.pyz
+    python3 edgewright-device.pyz install BUNDLE --root /opt/model
+    """
+    from edgewright.device import pack
+
+    write_atomic(output, pack.program())
+    output.chmod(0o755)
+    emit(str(output))
