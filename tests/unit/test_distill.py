@@ -19,7 +19,7 @@ datasets = pytest.importorskip("sklearn.datasets")
 
 from edgewright.recipe import Distillation  # noqa: E402
 from edgewright.recover import losses, training  # noqa: E402
-from edgewright.recover.batches import Pair, Wrapped  # noqa: E402
+from edgewright.recover.batches import Pair, Wrapped, runtime_teacher  # noqa: E402
 from edgewright.recover.distill import distill  # noqa: E402
 from edgewright.recover.executor import to_module  # noqa: E402
 from edgewright.recover.losses import Target, find_target, output_loss  # noqa: E402
@@ -364,6 +364,33 @@ def test_samples_of_several_lengths_are_stacked_with_their_like():
     assert pair.groups(range(8)) == [[0], [1, 3, 6, 7], [2, 4, 5]]
     (mine,), (theirs,) = pair.both([1, 3, 6, 7])
     np.testing.assert_allclose(mine.detach().numpy(), theirs.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_recurrent_layer_whose_batch_is_the_second_axis_runs_all_samples_at_once():
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[N,6,4] x) => (float[N,2] y) {'
+        " t = Transpose <perm=[1,0,2]> (x) a = LSTM <hidden_size=3> (t, w, r, b)"
+        " s = Squeeze (a, one) m = ReduceMean <keepdims=0> (s, zero) y = MatMul (m, v) }"
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"w": (1, 12, 4), "r": (1, 12, 3), "b": (1, 24), "v": (3, 2)}
+    for name, shape in shapes.items():
+        value = rng.normal(size=shape).astype("f")
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    for name, number in (("one", 1), ("zero", 0)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array([number]), name))
+    feeds = [{"x": rng.normal(size=(1, 6, 4)).astype("f")} for _ in range(5)]
+    wanted = [("y", "y"), ("s", "s")]
+    for single in (False, True):  # the runtime takes all samples, or holds the graph to one
+        graph = onnx.ModelProto()
+        graph.CopyFrom(model)
+        if single:
+            graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+        teacher = runtime_teacher(graph, ["y", "s"], 1)
+        pair = Pair(to_module(model), teacher, wanted, feeds)
+        assert pair.stacked and pair.axes == [0, 1] and pair.teacher_stacked != single
+        for mine, theirs in zip(*pair.both(range(5)), strict=True):
+            np.testing.assert_allclose(mine.detach().numpy(), theirs.numpy(), atol=1e-6)
 
 
 BAD = {

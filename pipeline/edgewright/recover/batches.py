@@ -105,28 +105,43 @@ def tensors(feed: Feed) -> dict[str, Tensor]:
     return {name: torch.from_numpy(value) for name, value in feed.items()}
 
 
-def stacks(run: Callable[[Feed], Sequence[np.ndarray]], feeds: Sequence[Feed]) -> bool:
-    """Whether a run of two samples gives the two samples' results, one behind the other."""
+def stacking(
+    run: Callable[[Feed], Sequence[np.ndarray]], feeds: Sequence[Feed]
+) -> list[int] | None:
+    """Along which axis each value of a run of two samples holds the two samples' own values.
+
+    Not always the first: recurrent layers have time there. None where a run of two gives
+    anything else, or where no two samples are alike.
+    """
     alike: dict[object, list[Feed]] = {}
     for feed in feeds:
         alike.setdefault(shapes_of(feed), []).append(feed)
     pair = next((group[:2] for group in alike.values() if len(group) > 1), None)
     if pair is None:
-        return False
+        return None
     alone = [run(feed) for feed in pair]
     try:
         together = run(stack(pair))
     except BadInput:
-        return False
-    for values in zip(*alone, together, strict=True):
-        if values[0].ndim == 0:
-            return False
-        want = np.concatenate(values[:2])
-        if want.shape != values[2].shape:
-            return False
-        if not np.allclose(want, values[2], rtol=0, atol=SAME * (np.abs(want).max() + 1e-6)):
-            return False
-    return True
+        return None
+    axes = []
+    for first, second, both in zip(*alone, together, strict=True):
+        axis = longer_axis(first.shape, both.shape)
+        if axis is None or first.shape != second.shape:
+            return None
+        want = np.concatenate([first, second], axis)
+        if not np.allclose(want, both, rtol=0, atol=SAME * (np.abs(want).max() + 1e-6)):
+            return None
+        axes.append(axis)
+    return axes
+
+
+def longer_axis(one: tuple[int, ...], two: tuple[int, ...]) -> int | None:
+    """The only axis in which the shapes differ, where the second is twice as long."""
+    if len(one) != len(two):
+        return None
+    differ = [k for k, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
+    return differ[0] if len(differ) == 1 and two[differ[0]] == 2 * one[differ[0]] else None
 
 
 class Pair:
@@ -144,8 +159,10 @@ class Pair:
     ) -> None:
         self.student, self.teacher, self.feeds = student, teacher, feeds
         self.mine, self.theirs = [a for a, _ in wanted], [b for _, b in wanted]
-        self.stacked = stacks(self.run_student, feeds)
-        self.teacher_stacked = self.stacked and stacks(self.run_teacher, feeds)
+        axes = stacking(self.run_student, feeds)
+        self.stacked = axes is not None
+        self.axes = axes or [0] * len(self.mine)
+        self.teacher_stacked = self.stacked and stacking(self.run_teacher, feeds) == axes
 
     def run_student(self, feed: Feed) -> list[np.ndarray]:
         with torch.no_grad():
@@ -191,7 +208,8 @@ class Pair:
                 self.run_teacher({n: v[k : k + 1] if v.ndim else v for n, v in feed.items()})
                 for k in range(size)
             ]
-            theirs = [np.concatenate(values) for values in zip(*parts, strict=True)]
+            values = zip(self.axes, *parts, strict=True)
+            theirs = [np.concatenate(rows, axis) for axis, *rows in values]
         return mine, [torch.from_numpy(np.array(v)) for v in theirs]
 
 

@@ -201,12 +201,13 @@ def drop_unlike(lesson: Lesson) -> list[str]:
     first = lesson.held[0]
     with torch.no_grad():
         mine, theirs = lesson.pair.both([first])
-    found, notes = [], []
-    for match, s, t in zip(lesson.matches, mine, theirs, strict=True):
+    found, notes, axes = [], [], []
+    for match, axis, s, t in zip(lesson.matches, lesson.pair.axes, mine, theirs, strict=True):
         t = losses.keep_rows(match.teacher, t, lesson.kept) if match.target is None else t
         named = match.target is not None or match.student in lesson.settings.features
         if named or comparable(match, s, t):
             found.append(match)
+            axes.append(axis)
         else:
             notes.append(
                 f"no {match.loss} loss on '{match.student}': {list(s.shape)} in the student, "
@@ -215,6 +216,7 @@ def drop_unlike(lesson: Lesson) -> list[str]:
     lesson.matches = found
     lesson.pair.mine = [m.student for m in found]
     lesson.pair.theirs = [m.teacher for m in found]
+    lesson.pair.axes = axes
     return notes
 
 
