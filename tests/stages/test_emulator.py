@@ -7,6 +7,7 @@ without them; it needs neither root nor network. The second half runs everywhere
 import dataclasses
 import json
 import os
+import subprocess
 import threading
 import time
 import zipfile
@@ -18,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgewright.errors import EnvironmentMissing, IntegrityError
-from edgewright.runtime import doctor, emulator
+from edgewright.runtime import doctor, emulator, guest, installing
 from edgewright.runtime.launch import host_isa, session_options
 from edgewright.runtime.session import Launch, Session
 from edgewright.target import load_target, target_names
@@ -124,7 +125,7 @@ def test_arm_guest_is_the_host_version_on_the_profile_cpu(tmp_path):
     model = write_convs(tmp_path / "model.onnx", "int8")
     with Session(model, launch=launch, **session_options(target)) as session:
         assert session.info["cores"] == target.run.cores
-        assert session.info["version"] == emulator.host_versions()[0]
+        assert session.info["version"] == guest.host_versions()[0]
         assert session.info["providers"] == ["CPUExecutionProvider"]
 
 
@@ -133,15 +134,15 @@ def test_wrong_identity_would_run_instructions_the_model_lacks(tmp_path, x):
     launch_or_skip("arm-a53")
     model = write_convs(tmp_path / "model.onnx", "int8")
     lying = dataclasses.replace(load_target("arm").run, cpu_model="cortex-a53")
-    guest, qemu = emulator.guest_folder(), emulator.find_qemu("aarch64")
+    folder, qemu = guest.guest_folder(), emulator.find_qemu("aarch64")
     with pytest.raises(EnvironmentMissing, match="SIGILL"):
-        run(model, x, emulator.guest_launch(guest, qemu, lying))
+        run(model, x, guest.guest_launch(folder, qemu, lying))
 
 
 def test_second_setup_returns_at_once(monkeypatch):
     for name in ("arm", "cpu-avx2"):
         launch_or_skip(name)
-    monkeypatch.setattr(emulator, "command", lambda *a, **k: pytest.fail("ran a command"))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("ran a command"))
     begin, told = time.perf_counter(), []
     for name in ("arm", "arm-a53", "arm-i8mm", "cpu-avx2"):
         emulator.setup(load_target(name), told.append)
@@ -232,7 +233,7 @@ def test_doctor_describes_the_host():
     assert host["cores"] >= 1
     assert host["memory_bytes"] > 1 << 20
     assert host["free_disk_bytes"] >= 0
-    assert host["versions"]["onnxruntime"] == emulator.host_versions()[0]
+    assert host["versions"]["onnxruntime"] == guest.host_versions()[0]
     assert doctor.package_version("no-such-package") is None
 
 
@@ -245,38 +246,38 @@ def fake_build(folder: Path) -> None:
 
 def test_setup_cleans_what_an_interrupted_one_left(bare, monkeypatch):
     add_tool(bare, "qemu-aarch64")
-    guest = emulator.guest_folder()
-    leftover = guest.parent / f".new-{guest.name}-abc"
+    folder = guest.guest_folder()
+    leftover = folder.parent / f".new-{folder.name}-abc"
     leftover.mkdir(parents=True)
     (leftover / "half").touch()
-    guest.mkdir()
-    monkeypatch.setattr(emulator, "build_guest", lambda target, folder, tell: fake_build(folder))
+    folder.mkdir()
+    monkeypatch.setattr(guest, "build_guest", lambda folder, *_: fake_build(folder))
     emulator.setup(load_target("arm"), print)
-    assert (guest / "guest.json").is_file()
-    assert not list(guest.parent.glob(".new-*"))
+    assert (folder / "guest.json").is_file()
+    assert not list(folder.parent.glob(".new-*"))
 
 
 def test_failing_setup_leaves_nothing(bare, monkeypatch):
     add_tool(bare, "qemu-aarch64")
 
-    def fail(target, folder, tell):
+    def fail(folder, run, qemu, tell):
         fake_build(folder)
         raise EnvironmentMissing("no network")
 
-    monkeypatch.setattr(emulator, "build_guest", fail)
+    monkeypatch.setattr(guest, "build_guest", fail)
     with pytest.raises(EnvironmentMissing, match="no network"):
         emulator.setup(load_target("arm"), print)
-    guest = emulator.guest_folder()
-    assert [p.name for p in guest.parent.iterdir()] == [f".{guest.name}.lock"]
+    folder = guest.guest_folder()
+    assert [p.name for p in folder.parent.iterdir()] == [f".{folder.name}.lock"]
 
 
 def test_full_disk_is_an_environment_error(bare, monkeypatch):
     add_tool(bare, "qemu-aarch64")
 
-    def fail(target, folder, tell):
+    def fail(folder, run, qemu, tell):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(emulator, "build_guest", fail)
+    monkeypatch.setattr(guest, "build_guest", fail)
     with pytest.raises(EnvironmentMissing, match="No space left on device"):
         emulator.setup(load_target("arm"), print)
 
@@ -293,12 +294,12 @@ def test_two_setups_at_once_build_one_guest(bare, monkeypatch):
     add_tool(bare, "qemu-aarch64")
     built, told = [], []
 
-    def build(target, folder, tell):
+    def build(folder, run, qemu, tell):
         built.append(folder)
         time.sleep(0.2)
         fake_build(folder)
 
-    monkeypatch.setattr(emulator, "build_guest", build)
+    monkeypatch.setattr(guest, "build_guest", build)
     threads = [
         threading.Thread(target=emulator.setup, args=(load_target(name), told.append))
         for name in ("arm", "arm-a53")
@@ -315,20 +316,20 @@ def test_two_setups_at_once_build_one_guest(bare, monkeypatch):
 def test_cpu_prefix_describes_the_cpu_and_is_reused(tmp_path):
     fake_build(tmp_path)
     run = load_target("arm").run
-    prefix = emulator.cpu_prefix(tmp_path, run)
+    prefix = guest.cpu_prefix(tmp_path, run)
     text = (prefix / "proc/cpuinfo").read_text()
     assert text.count("CPU part\t: 0xd0b\n") == run.cores
     assert "CPU variant\t: 0x4\n" in text
     for part in ("possible", "present", "online"):
         assert (prefix / "sys/devices/system/cpu" / part).read_text() == "0-3\n"
     assert (prefix / "usr/bin").is_dir() and (prefix / "lib").is_dir()
-    assert emulator.cpu_prefix(tmp_path, run) == prefix
-    assert emulator.cpu_prefix(tmp_path, load_target("arm-a53").run) != prefix
+    assert guest.cpu_prefix(tmp_path, run) == prefix
+    assert guest.cpu_prefix(tmp_path, load_target("arm-a53").run) != prefix
     assert sorted(p.name[0] for p in (tmp_path / "cpus").iterdir()) != ["."]
 
 
 def test_single_core_list():
-    files = emulator.cpu_files(dataclasses.replace(load_target("arm").run, cores=1))
+    files = guest.cpu_files(dataclasses.replace(load_target("arm").run, cores=1))
     assert files["sys/devices/system/cpu/online"] == "0\n"
 
 
@@ -336,7 +337,7 @@ def test_guest_environment_is_free_of_the_host(tmp_path, monkeypatch):
     fake_build(tmp_path)
     monkeypatch.setenv("LD_PRELOAD", "/host.so")
     monkeypatch.setenv("PYTHONHOME", "/host")
-    launch = emulator.guest_launch(tmp_path, "qemu", load_target("arm").run)
+    launch = guest.guest_launch(tmp_path, "qemu", load_target("arm").run)
     assert not {"LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONHOME"} & set(launch.env)
     assert launch.address_space == 0
 
@@ -344,21 +345,21 @@ def test_guest_environment_is_free_of_the_host(tmp_path, monkeypatch):
 def test_home_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("EDGEWRIGHT_HOME", raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    assert emulator.home() == tmp_path / "edgewright"
+    assert installing.home() == tmp_path / "edgewright"
     monkeypatch.setenv("XDG_DATA_HOME", "relative/is/ignored")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert emulator.home() == tmp_path / ".local/share/edgewright"
+    assert installing.home() == tmp_path / ".local/share/edgewright"
     monkeypatch.setenv("EDGEWRIGHT_HOME", str(tmp_path / "here"))
-    assert emulator.home() == tmp_path / "here"
+    assert installing.home() == tmp_path / "here"
 
 
 def test_apt_configuration_is_private(tmp_path, monkeypatch):
-    monkeypatch.delenv(emulator.SOURCES_VARIABLE, raising=False)
-    text = emulator.write_apt_config(tmp_path / "a").read_text()
+    monkeypatch.delenv(installing.SOURCES_VARIABLE, raising=False)
+    text = installing.write_apt_config(tmp_path / "a").read_text()
     assert f'Dir::State::status "{tmp_path}/a/state/status";' in text
     assert "Dir::Etc" not in text  # sources, keys and credentials stay the host's
-    monkeypatch.setenv(emulator.SOURCES_VARIABLE, "/etc/ports.sources")
-    text = emulator.write_apt_config(tmp_path / "b").read_text()
+    monkeypatch.setenv(installing.SOURCES_VARIABLE, "/etc/ports.sources")
+    text = installing.write_apt_config(tmp_path / "b").read_text()
     assert 'Dir::Etc::sourcelist "/etc/ports.sources";' in text
 
 
@@ -372,17 +373,17 @@ Version: 2.41-12+deb13u1
 
 
 def test_guest_versions_come_from_the_distribution(tmp_path, monkeypatch):
-    monkeypatch.setattr(emulator, "apt", lambda *a: SHOWN)
-    assert emulator.guest_versions(tmp_path, None) == ("python3.13", 41)
+    monkeypatch.setattr(guest, "apt", lambda *a: SHOWN)
+    assert guest.guest_versions(tmp_path, None) == ("python3.13", 41)
 
 
 def test_failed_package_lists_are_blamed_when_something_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(emulator, "apt", lambda *a: "")
+    monkeypatch.setattr(guest, "apt", lambda *a: "")
     failure = EnvironmentMissing("lists failed")
     with pytest.raises(EnvironmentMissing, match="lists failed"):
-        emulator.guest_versions(tmp_path, failure)
-    with pytest.raises(EnvironmentMissing, match=emulator.SOURCES_VARIABLE):
-        emulator.guest_versions(tmp_path, None)
+        guest.guest_versions(tmp_path, failure)
+    with pytest.raises(EnvironmentMissing, match=installing.SOURCES_VARIABLE):
+        guest.guest_versions(tmp_path, None)
 
 
 @pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "a\\..\\out"])
@@ -391,7 +392,7 @@ def test_wheel_with_escaping_names_is_refused(name, tmp_path):
         archive.writestr("fine.py", "")
         archive.writestr(name, "")
     with pytest.raises(IntegrityError, match="not safe") as caught:
-        emulator.unpack_wheel(tmp_path / "bad.whl", tmp_path / "site")
+        guest.unpack_wheel(tmp_path / "bad.whl", tmp_path / "site")
     assert caught.value.exit_code == 5
     assert not (tmp_path / "site").exists()
 
@@ -402,22 +403,22 @@ def test_wheel_with_a_link_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "bad.whl", "w") as archive:
         archive.writestr(link, "/etc/passwd")
     with pytest.raises(IntegrityError, match="not safe"):
-        emulator.unpack_wheel(tmp_path / "bad.whl", tmp_path / "site")
+        guest.unpack_wheel(tmp_path / "bad.whl", tmp_path / "site")
 
 
 def test_damaged_wheel_is_refused(tmp_path):
     (tmp_path / "bad.whl").write_bytes(b"PK\x03\x04 no more")
     with pytest.raises(IntegrityError, match="damaged"):
-        emulator.unpack_wheel(tmp_path / "bad.whl", tmp_path / "site")
+        guest.unpack_wheel(tmp_path / "bad.whl", tmp_path / "site")
 
 
 def test_failing_command_shows_the_end_of_what_it_said():
     with pytest.raises(EnvironmentMissing, match="status 3: the reason") as caught:
-        emulator.command(["sh", "-c", "echo the reason >&2; exit 3"], "trying", hint="do this")
+        installing.command(["sh", "-c", "echo the reason >&2; exit 3"], "trying", hint="do this")
     assert "trying failed" in str(caught.value)
     assert "Next: do this." in str(caught.value)
 
 
 def test_hanging_command_is_stopped():
     with pytest.raises(EnvironmentMissing, match="took more than"):
-        emulator.command(["sleep", "60"], "waiting", timeout_s=0.2)
+        installing.command(["sleep", "60"], "waiting", timeout_s=0.2)

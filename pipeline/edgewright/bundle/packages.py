@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgewright.runtime import emulator
+from edgewright.runtime import guest
 from edgewright.target import Target
 
 # Written by the installer, so no part of the wheel.
@@ -38,14 +38,14 @@ class Package:
 
 def packages(target: Target, runtime: str) -> list[Package]:
     """numpy and the runtime, of version `runtime`, as the target runs them."""
-    wanted = {"numpy": ("numpy",), "onnxruntime": emulator.ORT_PACKAGES}
+    wanted = {"numpy": ("numpy",), "onnxruntime": guest.ORT_PACKAGES}
     if target.run.how == "ssh":  # installed there, and nothing of it is seen from here
         return [Package(name="onnxruntime", version=runtime)]
     site, hashes = None, {}
-    if target.run.how == "emulate":
-        guest = emulator.guest_folder()
-        site = guest / "site"
-        hashes = json.loads((guest / "guest.json").read_text()).get("sha256", {})
+    if target.run.how == "emulate" and target.device.arch == "aarch64":
+        folder = guest.guest_folder()
+        site = folder / "site"
+        hashes = json.loads((folder / "guest.json").read_text()).get("sha256", {})
     found = []
     for names in wanted.values():
         package = next((p for name in names if (p := installed(name, site, hashes))), None)

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgewright.errors import EdgewrightError, EnvironmentMissing
 from edgewright.runtime import emulator
+from edgewright.runtime.guest import ORT_PACKAGES
 from edgewright.runtime.launch import host_cpu, host_isa, launch_for
 from edgewright.target import Target, load_target, target_names
 
@@ -130,7 +131,7 @@ def host() -> dict[str, Any]:
 
 def package_version(name: str) -> str | None:
     """The installed version of a package, without importing it."""
-    names = emulator.ORT_PACKAGES if name == "onnxruntime" else (name,)
+    names = ORT_PACKAGES if name == "onnxruntime" else (name,)
     for candidate in names:
         try:
             return importlib.metadata.version(candidate)
