@@ -146,7 +146,7 @@ def check_major(schema: Any) -> None:
     """Refuse other formats by name, so that a device that is too old says so."""
     stated = re.fullmatch(rf"{FORMAT}/([0-9]{{1,9}})", schema) if isinstance(schema, str) else None
     if stated is not None and int(stated[1]) != MAJOR:
-        raise BadInput(
+        raise IntegrityError(
             "this bundle has another format",
             expected=f"{FORMAT}/{MAJOR}",
             found=stated[0],

@@ -87,8 +87,9 @@ def naming(bundle: Path) -> Iterator[None]:
 
 
 def open_bundle(path: Path) -> BinaryIO:
-    """The archive for reading, unpacked where it is compressed; BadInput unless it is a regular
-    file.
+    """The archive for reading, unpacked where it is compressed.
+
+    BadInput where there is none, IntegrityError where it is a device or pipe: it might never end.
     """
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
@@ -97,9 +98,14 @@ def open_bundle(path: Path) -> BinaryIO:
         raise BadInput(f"bundle not found: {path}", hint="check the path") from None
     except OSError as error:
         raise from_os_error(error, "opening the bundle") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise BadInput(f"bundle {path}", expected="a regular file", found="something else")
+        if stat.S_ISDIR(mode):
+            raise BadInput(f"bundle {path}", expected="a file", found="a folder")
+        raise IntegrityError(
+            f"bundle {path}", expected="a regular file", found="a device or pipe, which never ends"
+        )
     return transport.plain(os.fdopen(descriptor, "rb"))
 
 
