@@ -40,6 +40,7 @@ from edgewright.files import (
 from edgewright.recipe import Recipe, digest, parse_recipe
 from edgewright.runtime.doctor import host, need_provider
 from edgewright.runtime.launch import launch_for
+from edgewright.signatures import Signed, farewell, is_still, signed_in
 from edgewright.stage import Job, Report, run_in_child
 from edgewright.target import Target
 
@@ -206,9 +207,10 @@ def build(
         line = Line(recipe, target, folder, work, cache, watch)
         if baseline is not None:
             line = replace(line, baseline=open_baseline(baseline, recipe, target, work / "old"))
+        signed = signed_in(sorted(folder.glob(BUNDLES)))
         for stage in line.stages():
             line.advance(stage)
-        return line.results()
+        return line.results(signed)
 
 
 @contextmanager
@@ -397,8 +399,12 @@ class Line:
     def note(self, stage: str, text: str) -> None:
         self.watch(Event(kind="note", stage=stage, text=text))
 
-    def results(self) -> Report:
-        """Place what ships and the report of the whole build beside the stages; the report."""
+    def results(self, signed: dict[str, Signed]) -> Report:
+        """Place what ships and the report of the whole build beside the stages; the report.
+
+        signed: the bundles that lay there before. What is built again as it was stays as it is,
+        signatures and all; where it is another, the loss is told.
+        """
         report = self.build_report()
         shipped = self.models("bundle")["previous"]
         wanted = {MODEL: shipped, **{p.name: p for p in self.done["bundle"].folder.glob(BUNDLES)}}
@@ -406,8 +412,14 @@ class Line:
             if stale.name not in wanted and stale.name != PAGE:
                 stale.unlink()
         for name, source in wanted.items():
-            if not same_bytes(source, self.folder / name):
-                copy_atomic(source, self.folder / name)
+            if same_bytes(source, place := self.folder / name):
+                continue
+            if is_still(place, signed.get(name), source):
+                self.note("bundle", f"{name} is as it was: it keeps its signatures")
+                continue
+            if name in signed:
+                self.note("bundle", farewell(name, signed[name]))
+            copy_atomic(source, place)
         if not (self.folder / PAGE).exists() or told(self.folder / REPORT) != essence(report):
             write_report(self.folder, report)
         return report

@@ -84,6 +84,25 @@ def test_a_second_signer_and_a_trust_file_that_rotates(built, keys, edgewright, 
     assert edgewright(*words, bad, *next_keys, *sign["a"]).code == 2  # of no use to anyone
 
 
+def test_a_build_without_a_key_takes_no_signature_away_unsaid(keys, edgewright, tmp_path):
+    """The same again keeps its signature; what changed loses it, and that is said."""
+    recipe = write_tiny(tmp_path / "tiny", FIXED + "\n[share]\ncompress = true\n")
+    words = ("build", recipe, "--target", "cpu", "--out", tmp_path / "out")
+    assert edgewright(*words, "--sign", keys / "a").code == 0
+    bundles = sorted((tmp_path / "out" / "cpu").glob("*.bundle.tar*"))
+    assert len(bundles) == 2
+    before = [bundle.read_bytes() for bundle in bundles]
+    again = edgewright(*words)
+    assert again.code == 0 and "keeps its signatures" in again.err, again.err
+    assert [bundle.read_bytes() for bundle in bundles] == before
+    recipe.write_text(recipe.read_text().replace("sequence = 3", "sequence = 4"))
+    changed = edgewright(*words)
+    assert changed.code == 0 and "was signed by" in changed.err, changed.err
+    for bundle in bundles:
+        assert edgewright("verify", bundle, "--json").json["signers"] == []
+    assert "was signed by" not in edgewright(*words).err
+
+
 def test_a_key_that_others_can_read_stops_a_build_before_it_begins(built, keys, edgewright):
     recipe, _ = built
     open_key = keys / "open"

@@ -28,7 +28,7 @@ LAYERS = [
     {"cutting", "softening"},
     STAGE_MODULES,
     {"device", "report"},
-    {"baseline", "delta", "signing", "oms", "explain"},
+    {"baseline", "delta", "signing", "signatures", "oms", "explain"},
     {"build"},
     {"console", "rebuild"},
     {"cli"},
