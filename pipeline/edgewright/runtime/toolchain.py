@@ -1,0 +1,134 @@
+"""Compiling our own C: the runner for devices without Python, and the plug-in for QEMU.
+
+The sources lie in `native/`. What is compiled is kept under `home()`, in a folder named by the
+sources and flags, so it is compiled once and never stale. No header of ONNX Runtime or QEMU is
+needed, only a C compiler of the distribution.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+
+from edgewright.errors import EnvironmentMissing
+from edgewright.runtime.installing import Tell, command, home, install_packages, os_errors
+
+SOURCES = Path(__file__).parent / "native"
+RUNNER_SOURCES = ("edge_run.c", "options.c", "tell.c", "npz.c", "check.c")
+PLUGIN_SOURCES = ("edge_count.c",)
+# No build path and no identity of the build in the file: same compiler and source, same bytes.
+FLAGS = ("-std=gnu11", "-O2", "-s", "-Wall", "-Wextra", "-Wl,--build-id=none")
+PLUGIN_FLAGS = ("-shared", "-fPIC", "-fvisibility=hidden")
+LIBRARIES = ("-ldl", "-lm")
+COMPILE_TIMEOUT_S = 120.0
+
+
+def runner(arch: str) -> Path:
+    """The runner for an architecture ('x86_64', 'aarch64'); see `native/edge_run.c`.
+
+    EnvironmentMissing where it is not compiled yet and there is no compiler for it.
+    """
+    return compiled(f"edge-run-{arch}", RUNNER_SOURCES, FLAGS, LIBRARIES, arch)
+
+
+def plugin() -> Path:
+    """The plug-in that counts instructions, for this machine's QEMU; see `native/edge_count.c`."""
+    return compiled("edge-count.so", PLUGIN_SOURCES, FLAGS + PLUGIN_FLAGS, (), platform.machine())
+
+
+def host_library() -> Path:
+    """The onnxruntime library inside this Python's wheel, for the runner's --library."""
+    spec = importlib.util.find_spec("onnxruntime")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return library_in(Path(folders[0]) if folders else Path("onnxruntime"))
+
+
+def library_in(package: Path) -> Path:
+    """The library in an unpacked onnxruntime package, which ships beside its Python module."""
+    found = sorted((package / "capi").glob("libonnxruntime.so.*"))
+    if not found:
+        raise EnvironmentMissing(
+            "the onnxruntime package has no C library",
+            expected="onnxruntime/capi/libonnxruntime.so.VERSION",
+            hint="pip install --force-reinstall onnxruntime",
+        )
+    return found[-1]
+
+
+def packages(arch: str) -> tuple[str, ...]:
+    """The distribution's packages that compile for an architecture on this machine."""
+    if arch == platform.machine():
+        return ("gcc", "libc6-dev")
+    cross = {"aarch64": "arm64", "x86_64": "amd64"}.get(arch, arch)
+    return (f"gcc-{arch.replace('_', '-')}-linux-gnu", f"libc6-dev-{cross}-cross")
+
+
+def compiler(arch: str) -> str | None:
+    """The path of a C compiler for an architecture, None where there is none."""
+    names = ["gcc", "cc"] if arch == platform.machine() else []
+    found = (shutil.which(name) for name in (*names, f"{arch}-linux-gnu-gcc"))
+    return next((path for path in found if path), None)
+
+
+def setup(arch: str, tell: Tell) -> None:
+    """Compile the runner for a target's architecture and the plug-in for this machine.
+
+    Installs compilers from the distribution where they are missing, as root only.
+    """
+    try:
+        runner(arch)
+        plugin()
+        return
+    except EnvironmentMissing:
+        if os.geteuid() != 0:
+            raise
+    install_packages(tuple(dict.fromkeys(packages(arch) + packages(platform.machine()))), tell)
+    runner(arch)
+    plugin()
+
+
+def compiled(
+    name: str,
+    sources: tuple[str, ...],
+    flags: tuple[str, ...],
+    libraries: tuple[str, ...],
+    arch: str,
+) -> Path:
+    """The file made from sources, compiled unless it is there. Two processes may do it at once."""
+    done = home() / f"native-{source_digest()}" / name
+    if done.is_file():
+        return done
+    path = compiler(arch)
+    if path is None:
+        needed = " ".join(packages(arch))
+        raise EnvironmentMissing(
+            f"no C compiler for {arch}, to compile {name}",
+            expected=needed,
+            hint=f"{'' if os.geteuid() == 0 else 'sudo '}apt-get install {needed}",
+        )
+    with os_errors(f"compiling {name}"):
+        done.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=done.parent) as folder:
+            made = Path(folder, name)
+            command(
+                [path, *flags, "-o", str(made), *sources, *libraries],
+                f"compiling {name}",
+                cwd=SOURCES,
+                timeout_s=COMPILE_TIMEOUT_S,
+                hint=f"the compiler needs {' '.join(packages(arch))}",
+            )
+            made.rename(done)
+    return done
+
+
+@functools.cache
+def source_digest() -> str:
+    """What names the folder of compiled files: all sources and the flags."""
+    digest = hashlib.sha256(" ".join((*FLAGS, *PLUGIN_FLAGS, *LIBRARIES)).encode())
+    for path in sorted(SOURCES.glob("*.[ch]")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
