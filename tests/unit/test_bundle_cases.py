@@ -231,7 +231,7 @@ ROWS: list[Row] = [
 ]  # fmt: skip
 # The other numbers have tests of their own, in the files named here.
 ELSEWHERE = {
-    106: ["test_install_killed.py"],
+    106: ["test_install_killed.py", "test_power_cut.py"],
     109: ["test_bundle_cases.py"],
     110: ["test_bundle_cases.py"],
 }

@@ -1,6 +1,6 @@
 """kill -9 at every step and at any time (106): what runs is the old or the new release, whole.
 
-A power cut cannot be made here; what it needs is an order: everything a name leads to is on the
+For a power cut (see also test_power_cut) there is an order: everything a name leads to is on the
 disk before the name is. That order is read off the calls of a real install.
 """
 

@@ -74,7 +74,10 @@ class State:
 
 def prepare(root: Path) -> None:
     """Make the folders; refuse a root that others could change behind our back."""
+    new = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for folder in new:
+        flush(folder.parent)  # or the root could go with all that is in it
     for name in (RELEASES, STAGING):
         with suppress(FileExistsError):
             # Staging: nobody else lists it, yet the self-test's child may be another user.
