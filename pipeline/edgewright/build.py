@@ -446,12 +446,15 @@ class Line:
         }
 
 
-def write_report(folder: Path, report: Report) -> None:
-    """Write the page and the report of a run folder, the report last: it ends a build."""
+def write_report(folder: Path, report: Report, past: Report = {}) -> None:
+    """Write the page and the report of a run folder, the report last: it ends a build.
+
+    past: what the page shows of the verdicts before, as `report.trend` makes it.
+    """
     from edgewright.report import html  # brings the plotting library: seconds
 
     text = json.dumps(report, indent=1, sort_keys=True) + "\n"
-    page = html.render(json.loads(text))  # as `report` will read it
+    page = html.render(json.loads(text), past)  # as `report` will read it
     write_atomic(folder / PAGE, page.encode())
     write_atomic(folder / REPORT, text.encode())
 

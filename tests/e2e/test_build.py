@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -253,10 +254,18 @@ def test_the_worst_target_decides(tmp_path, built, edgewright):
     profile.write_text(text)
     out = recipe.parent / "out"
     words = ("build", recipe, "--target", "cpu", "--target", profile, "--out", out, "--json")
-    ran = edgewright(*words)
+    junit, history = tmp_path / "gate.xml", tmp_path / "verdicts.jsonl"
+    ran = edgewright(*words, "--junit", junit, "--history", history)
     assert ran.code == ran.json["exit_code"] == 6
     assert [t["exit_code"] for t in ran.json["targets"]] == [0, 6]
     assert "no_such" in ran.json["targets"][1]["error"]
+    suites = ElementTree.parse(junit).getroot()
+    assert [(s.get("name"), s.get("errors")) for s in suites] == [
+        ("tiny 1.0.0 for cpu", "0"),
+        (f"tiny 1.0.0 for {ran.json['targets'][1]['target']}", "1"),
+    ]
+    assert [json.loads(line)["target"] for line in history.read_text().splitlines()] == ["cpu"]
+    assert "<h2>Trend</h2>" in (out / "cpu" / "report.html").read_text()
 
 
 def test_a_baseline_is_run_beside_the_new_model(tmp_path, built, edgewright):

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import onnx
 import pytest
@@ -55,11 +56,21 @@ def test_bench_and_gate_compare_two_files(built, edgewright, tmp_path):
     ran = edgewright("bench", shipped, original, "--recipe", built, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["measure"]["latency"]["ratio"] > 0
+    summary, junit, history = (tmp_path / name for name in ("gate.md", "gate.xml", "h.jsonl"))
+    files = ("--markdown", summary, "--junit", junit, "--history", history, "--label", "one")
     judged = edgewright(
-        "gate", "--candidate", shipped, "--baseline", original, "--recipe", built, "--json"
+        *("gate", "--candidate", shipped, "--baseline", original, "--recipe", built, "--json"),
+        *files,
     )
     assert judged.code == 0, judged.err
     assert judged.json["gate"]["verdict"] == "PASS"
+    assert summary.read_text().startswith("### PASS: tiny 1.0.0 for cpu\n")
+    cases = [case.get("name") for case in ElementTree.parse(junit).iter("testcase")]
+    assert cases == [check["name"] for check in judged.json["gate"]["checks"]]
+    (line,) = map(json.loads, history.read_text().splitlines())
+    measured = judged.json["measure"]["latency"]["ratio"]
+    assert (line["verdict"], line["label"]) == ("PASS", "one")
+    assert line["metrics"]["latency_ratio"] == measured
     report = tmp_path / "gate.json"
     report.write_text(judged.out)
     packed = tmp_path / "judged.bundle.tar"

@@ -30,7 +30,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     """The commands of the README, comments dropped."""
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    lines = [x for block in blocks("sh") for x in block.replace("\\\n", "").splitlines()]
     return [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip()]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from edgewright.cache import Cache, open_cache
+from edgewright.cli.evidence import Evidence, evidence_options
 from edgewright.cli.options import PATH, options, settings, signers
 from edgewright.cli.stages import VERDICT_CODES
 from edgewright.cli.terminal import emit_json, emit_table, explain, say
@@ -26,6 +27,7 @@ WORST_FIRST = (5, 3, 6, 2, 1, 4, 0)
 @click.option("--out", type=PATH, help="Folder of the results. Default: build/NAME.")
 @click.option("--baseline", type=PATH, help="Bundle of an earlier release to compare with.")
 @click.option("--no-cache", is_flag=True, help="Do all the work; read and keep nothing.")
+@evidence_options
 @options("sign", "json")
 def build(
     recipe_path: Path,
@@ -35,6 +37,7 @@ def build(
     no_cache: bool,
     key_names: tuple[str, ...],
     as_json: bool,
+    **files: Any,
 ) -> int:
     """Run all stages of RECIPE for each target: the model, its evidence, a bundle, a verdict.
 
@@ -43,22 +46,28 @@ def build(
     edgewright build recipe.toml --target cpu --target arm --json > result.json
     edgewright build recipe.toml --target arm --baseline release-1.3.bundle.tar
     edgewright build recipe.toml --target arm --sign release
+    edgewright build recipe.toml --target cpu --junit gate.xml --history verdicts.jsonl
     """
     from edgewright import console
     from edgewright.report import text
 
-    keys = signers(key_names)
+    keys, evidence = signers(key_names), Evidence(**files)
     recipe = load_recipe(recipe_path)
     targets = [load_target(name) for name in dict.fromkeys(names)]
     if len({target.name for target in targets}) < len(targets):
         raise UsageError("two of the targets have the same name", found=", ".join(names))
     out = out or Path("build") / recipe.model.name
     cache = None if no_cache else open_cache(os.environ)
+    evidence.prepare()
     results = []
     for target in targets:
         results.append(build_one(recipe, target, out, cache, baseline, keys))
         if not as_json and results[-1]["report"]:
             console.stderr.print(text.summary(results[-1]["report"]))
+    past = evidence.write([judged(recipe, result) for result in results], recipe.folder)
+    for result in results:
+        if result["target"] in past:
+            draw_past(result, past[result["target"]])
     code = min((result["exit_code"] for result in results), key=WORST_FIRST.index)
     if as_json:
         emit_json({"exit_code": code, "targets": results})
@@ -162,6 +171,19 @@ def build_one(
         "signers": signed,
         "report": report,
     }
+
+
+def draw_past(result: dict[str, Any], past: dict[str, Any]) -> None:
+    """Write the page of a build once more, with the verdicts before it."""
+    from edgewright.build import write_report
+
+    write_report(Path(result["folder"]), result["report"], past)
+
+
+def judged(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
+    """The report of one target, or what is known of a build that an error ended."""
+    known = {"name": recipe.model.name, "version": recipe.model.version}
+    return result["report"] or {**known, "target": result["target"], "error": result["error"]}
 
 
 def sign_built(folder: Path, keys: Sequence[Any]) -> list[str]:

@@ -90,22 +90,29 @@ def value_text(value: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("folder", metavar="RUNFOLDER", type=PATH)
+@click.option("--history", "history_path", type=PATH, help="Draw the trend from this file.")
 @options("json")
-def report(folder: Path, as_json: bool) -> None:
+@click.argument("folder", metavar="RUNFOLDER", type=PATH)
+def report(folder: Path, history_path: Path | None, as_json: bool) -> None:
     """Show the report of a finished build again, and write its page anew.
 
     \b
     edgewright report build/keyword/arm
+    edgewright report build/keyword/arm --history verdicts.jsonl
     """
     from edgewright.build import REPORT, SCHEMA, write_report
     from edgewright.console import stderr
-    from edgewright.report import text
+    from edgewright.report import history, text, trend
 
     found = read_json(folder / REPORT, "report")
     if found.get("schema") != SCHEMA:
         raise BadInput(f"{folder / REPORT}", expected=SCHEMA, found=repr(found.get("schema")))
-    write_report(folder, found)
+    past = {}
+    if history_path is not None:
+        if not history_path.exists():
+            raise BadInput(f"history not found: {history_path}", hint="check the path")
+        past = trend.view(found, *history.read(history_path))
+    write_report(folder, found, past)
     if as_json:
         emit_json(found)
     else:

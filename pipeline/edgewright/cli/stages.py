@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from edgewright.cli.evidence import Evidence, evidence_options
 from edgewright.cli.options import PATH, options, settings
 from edgewright.cli.terminal import emit, emit_json
 from edgewright.errors import BadInput
@@ -55,14 +56,9 @@ def show(recipe: Recipe, target: Target, reports: dict[str, Report], as_json: bo
     if as_json:
         emit_json(reports)
         return
-    report = {
-        "name": recipe.model.name,
-        "version": recipe.model.version,
-        "target": target.name,
-        "stages": [{"stage": k, "cached": False, "report": v} for k, v in reports.items()],
-    }
+    report = as_build(recipe, target, reports)
     if "gate" in reports:
-        stderr.print(text.summary({**report, "verdict": reports["gate"]["verdict"]}))
+        stderr.print(text.summary(report))
         return
     figures = [f"{t.label}: {t.value}  ({t.detail})" for t in tables.tiles(report) if t.known]
     stderr.print(
@@ -72,6 +68,17 @@ def show(recipe: Recipe, target: Target, reports: dict[str, Report], as_json: bo
             text.note_lines(tables.notes(report)),
         )
     )
+
+
+def as_build(recipe: Recipe, target: Target, reports: dict[str, Report]) -> Report:
+    """The reports of stages in the form of a build's."""
+    return {
+        "name": recipe.model.name,
+        "version": recipe.model.version,
+        "target": target.name,
+        "verdict": reports.get("gate", {}).get("verdict"),
+        "stages": [{"stage": k, "cached": False, "report": v} for k, v in reports.items()],
+    }
 
 
 def on_one(
@@ -218,19 +225,30 @@ def bench(
 @click.command()
 @click.option("--candidate", type=PATH, required=True, help="The model that would ship.")
 @click.option("--baseline", type=PATH, required=True, help="The model it must not fall behind.")
+@evidence_options
 @options("recipe", "target", "json")
 def gate(
-    candidate: Path, baseline: Path, recipe_path: Path, target_name: str, as_json: bool
+    candidate: Path,
+    baseline: Path,
+    recipe_path: Path,
+    target_name: str,
+    as_json: bool,
+    **files: Any,
 ) -> int:
     """Validate and measure one model file against another, and decide by the recipe's [gate].
 
     \b
     edgewright gate --candidate int8.onnx --baseline model.onnx --recipe recipe.toml
+    edgewright gate --candidate int8.onnx --baseline model.onnx --recipe recipe.toml \\
+        --markdown summary.md --junit gate.xml --history verdicts.jsonl
     """
+    evidence = Evidence(**files)
     recipe, target = settings(recipe_path, target_name)
+    evidence.prepare()
     models = {"newest": candidate, "export": baseline}
     reports = on_files(["validate", "measure", "gate"], recipe, target, models)
     show(recipe, target, reports, as_json)
+    evidence.write([as_build(recipe, target, reports)], recipe.folder)
     verdict = reports["gate"]["verdict"]
     if not as_json:
         emit(verdict)

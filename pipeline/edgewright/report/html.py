@@ -20,12 +20,13 @@ KINDS = (
 )
 
 
-def render(report: tables.Report) -> str:
+def render(report: tables.Report, past: dict[str, Any] = {}) -> str:
     """The page for a build report, `edgewright-report/1`; same report, same page.
 
-    Names from models and users are escaped. Parts that a report lacks are shown as such.
+    past: the verdicts before, as `trend.view` tells them. Names from models and users are
+    escaped. Parts that a report lacks are shown as such.
     """
-    return template().render(view(report))
+    return template().render(view(report), past=past)
 
 
 @cache
