@@ -4,8 +4,10 @@ Skipped where there is no C compiler (`edgewright setup --target arm` installs o
 """
 
 import json
+import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from onnx import TensorProto, helper
 
 from edgewright.errors import EnvironmentMissing
 from edgewright.runtime import toolchain
+from edgewright.runtime.session import Launch, Session
 
 Ran = subprocess.CompletedProcess[str]
 DTYPES = {
@@ -255,6 +258,21 @@ def test_damaged_arrays_never_crash_the_runner(run, tiny):
         (tiny / "in.npz").write_bytes(bytes(broken))
         ran = run(*model_words(tiny), "--runs", 1)
         assert ran.returncode in (0, 3), (place, ran.returncode, ran.stderr)
+
+
+def test_nothing_is_written_home_or_reported(run, tiny, monkeypatch):
+    """onnxruntime 1.29 and later keep an identity and a queue of reports under the user's cache."""
+    monkeypatch.setenv("HOME", str(tiny / "home"))
+    for name in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "CI"):
+        monkeypatch.delenv(name, raising=False)
+    (tiny / "home").mkdir()
+    assert run(*model_words(tiny)).returncode == 0
+    environment = dict(os.environ)
+    with Session(tiny / "model.onnx", launch=Launch(env=environment)) as session:
+        session.run({"x": np.zeros((1, 1, 12, 12), np.float32)})
+    code = "import edgewright, onnxruntime as o; o.InferenceSession('model.onnx')"
+    subprocess.run([sys.executable, "-c", code], cwd=tiny, env=environment, check=True)
+    assert not list((tiny / "home").rglob("*"))
 
 
 def test_help_tells_the_exit_codes(run):

@@ -104,6 +104,7 @@ class Server:
         self.import_s = 0.0
 
     def load(self, header, _):
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see edgewright/__init__.py
         begin = time.perf_counter()
         import onnxruntime
 

@@ -286,6 +286,7 @@ static void time_calls(const Model *model, long least, double seconds, long *tur
 
 int main(int count, char **words) {
     signal(SIGILL, on_illegal_instruction);
+    setenv("ORT_DISABLE_TELEMETRY", "1", 0); /* see edgewright/__init__.py */
     read_options(count - 1, words + 1, 0);
     if (!set.model || !set.inputs) fail(USAGE, "--model and --inputs are needed; see --help");
     const char *version = load_library();
