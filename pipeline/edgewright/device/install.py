@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,11 +20,13 @@ from typing import Any, BinaryIO
 from edgewright.bundle.manifest import Manifest
 from edgewright.device import envelope, fit, store
 from edgewright.device import trust as trusts
+from edgewright.device.child import native
 from edgewright.device.delta import open_delta
 from edgewright.device.envelope import Trust
 from edgewright.device.verify import Verified, extract, naming, new_file, open_bundle, walk
 from edgewright.errors import EnvironmentMissing, IntegrityError, UsageError
 from edgewright.files import flush
+from edgewright.runtime.session import Child
 
 Report = dict[str, Any]
 TRUST = "trust"
@@ -55,13 +57,13 @@ def install(bundle: Path, root: Path, wish: Wish) -> Report:
     something. After any error the release that ran before still runs.
     """
     store.prepare(root)
-    with store.installing(root):
+    with store.installing(root), ExitStack() as stack:
         removed = store.clean(root)
         staged = root / store.STAGING / secrets.token_hex(8)
         try:
             staged.mkdir(mode=0o700)
-            found = unpack(bundle, root, staged, wish)
-            report = settle(root, staged, found, wish)
+            found, child = unpack(bundle, root, staged, wish, stack)
+            report = settle(root, staged, found, wish, child)
         finally:
             if staged.exists():
                 store.remove(staged)
@@ -69,8 +71,15 @@ def install(bundle: Path, root: Path, wish: Wish) -> Report:
     return {**report, "signers": found.signers, "removed": removed}
 
 
-def unpack(bundle: Path, root: Path, staged: Path, wish: Wish) -> Verified:
-    """Write a verified bundle's files into the empty folder `staged`, all on the disk."""
+def unpack(
+    bundle: Path, root: Path, staged: Path, wish: Wish, stack: ExitStack
+) -> tuple[Verified, Child | None]:
+    """Write a verified bundle's files into the empty folder `staged`, all on the disk.
+
+    Meanwhile the child of the self-test starts, once the manifest is known to be good; it knows
+    nothing of the bundle yet, and ends with `stack`.
+    """
+    child: list[Child] = []
     state = store.read_state(root)
     now = time_now(state, wish)
     trust = trusted(root, wish, now)
@@ -84,13 +93,16 @@ def unpack(bundle: Path, root: Path, staged: Path, wish: Wish) -> Verified:
         if wish.self_test:
             fit.check_runtime(content, fit.installed_runtime())
         fit.check_space(content, root)
+        if wish.self_test:
+            child.append(Child(native(content, wish.python), early=True))
+            stack.callback(child[0].close)
 
     with opened(bundle, root, wish) as stream, naming(bundle):
         found = walk(stream, lambda path, mode: flushed_file(staged, path, mode), trust, admit)
     for folder in folders(staged):
         folder.chmod(0o755)
         flush(folder)
-    return found
+    return found, child[0] if child else None
 
 
 def opened(bundle: Path, root: Path, wish: Wish) -> BinaryIO:
@@ -121,7 +133,7 @@ def folders(top: Path) -> list[Path]:
     return [Path(place) for place, _, _ in os.walk(top, topdown=False)]
 
 
-def settle(root: Path, staged: Path, found: Verified, wish: Wish) -> Report:
+def settle(root: Path, staged: Path, found: Verified, wish: Wish, child: Child | None) -> Report:
     """Prove the unpacked files and let them be what runs."""
     content = found.manifest
     digest = hashlib.sha256(found.manifest_bytes).hexdigest()
@@ -132,7 +144,7 @@ def settle(root: Path, staged: Path, found: Verified, wish: Wish) -> Report:
         return {**report, "action": "already installed", "self_test": None, "before": current}
     proof = None
     if wish.self_test:
-        proof = self_test(content, staged, wish.python)
+        proof = self_test(content, staged, wish.python, child)
     release = free_name(root, release)
     os.rename(staged, root / store.RELEASES / release)  # noqa: PTH104 - beside the flushes
     flush(root / store.RELEASES)
@@ -154,8 +166,11 @@ def free_name(root: Path, release: str) -> str:
     return name
 
 
-def self_test(content: Manifest, folder: Path, python: Sequence[str] = ()) -> Report:
-    """Prove the golden vectors of an unpacked bundle on this machine."""
+def self_test(
+    content: Manifest, folder: Path, python: Sequence[str] = (), child: Child | None = None
+) -> Report:
+    """Prove the golden vectors of an unpacked bundle on this machine; `child`: started before."""
+    launch = child.launch if child else native(content, python)
     try:
         from edgewright.device import prove
     except ImportError as error:
@@ -165,7 +180,7 @@ def self_test(content: Manifest, folder: Path, python: Sequence[str] = ()) -> Re
             hint="install what the bundle's runtime/lock.txt names; --no-self-test where "
             "something else runs the model",
         ) from None
-    return prove.prove(content, folder, prove.native(content, python))
+    return prove.prove(content, folder, launch, child=child)
 
 
 def self_test_bundle(bundle: Path, python: Sequence[str] = ()) -> Report:

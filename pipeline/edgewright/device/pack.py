@@ -25,6 +25,7 @@ FILES = (
     "bundle/tarball.py",
     "bundle/transport.py",
     "device/__init__.py",
+    "device/child.py",
     "device/delta.py",
     "device/ed25519.py",
     "device/envelope.py",

@@ -3,8 +3,6 @@
 Needs numpy and onnxruntime beside the standard library, so the device program holds it.
 """
 
-import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,23 +13,27 @@ from edgewright.bundle import golden
 from edgewright.bundle.manifest import Manifest
 from edgewright.device.fit import check_runtime
 from edgewright.errors import EnvironmentMissing, IntegrityError
-from edgewright.runtime.session import ADDRESS_SPACE, RUN_TIMEOUT_S, Launch, Session
+from edgewright.runtime.session import RUN_TIMEOUT_S, Child, Launch, Session
 
 if TYPE_CHECKING:
     from edgewright.target import Target
 
 Report = dict[str, Any]
 Arrays = dict[str, np.ndarray]
-LIBRARIES = 4 << 30  # address space that Python, onnxruntime and its threads reserve, not use
 MEMORY_RUNS = 3  # the second run of a session may need more than the first
 
 
 def prove(
-    manifest: Manifest, folder: Path, launch: Launch, where: "Target | None" = None
+    manifest: Manifest,
+    folder: Path,
+    launch: Launch,
+    where: "Target | None" = None,
+    child: Child | None = None,
 ) -> Report:
     """Run the golden vectors of the verified bundle in `folder` and compare.
 
-    `where`: the profile that emulates the device; None: this machine is the device.
+    `where`: the profile that emulates the device; None: this machine is the device. `child`: a
+    process that `launch` started before.
 
     Returns {"ok", "vectors", "max_abs", "exact", "exact_expected", "runtime", "memory",
     "results"}. IntegrityError (exit 5) where outputs differ, EnvironmentMissing (exit 6) where
@@ -39,7 +41,7 @@ def prove(
     """
     feeds = golden_vectors(manifest, folder, "inputs")
     outputs = golden_vectors(manifest, folder, "outputs")
-    with open_session(manifest, folder / manifest["model"]["path"], launch) as session:
+    with open_session(manifest, folder / manifest["model"]["path"], launch, child) as session:
         check_runtime(manifest, str(session.info["version"]))
         arch = manifest["device"]["arch"]
         here = golden.made_with(where, arch, str(session.info["version"]))
@@ -65,34 +67,22 @@ def prove(
     }
 
 
-def open_session(manifest: Manifest, model: Path, launch: Launch) -> Session:
+def open_session(
+    manifest: Manifest, model: Path, launch: Launch, child: Child | None = None
+) -> Session:
     """A session of the bundle's model with the bundle's own settings and limits."""
     runtime, limits = manifest["runtime"], manifest["limits"]
     factor = launch.time_factor * limits["timeout_s"] / RUN_TIMEOUT_S
     return Session(
         model,
         launch=replace(launch, time_factor=factor),
+        child=child,
         name=f"{manifest['name']} {manifest['version']}",
         provider=runtime["provider"],
         provider_options=runtime["provider_options"],
         threads=runtime["threads"],
         session=runtime["session"],
     )
-
-
-def native(manifest: Manifest, python: Sequence[str] = ()) -> Launch:
-    """How a process for the model starts on the device itself; `python`: not this interpreter.
-
-    The address space is no measure of memory, so its limit is wide: it stops a runaway before
-    the machine does. What counts is the peak that `check_memory` reads.
-    """
-    limit = manifest["limits"]["max_memory_bytes"] or physical_memory()
-    space = min(ADDRESS_SPACE, limit + LIBRARIES)
-    return Launch(python=tuple(python) or Launch.python, address_space=space)
-
-
-def physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def golden_vectors(manifest: Manifest, folder: Path, key: str) -> list[Arrays]:

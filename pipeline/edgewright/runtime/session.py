@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Any
 
 from edgewright.errors import BadInput, EdgewrightError, EnvironmentMissing
 from edgewright.runtime import worker
+
+if TYPE_CHECKING:
+    import numpy as np  # an install starts a child before it has anything to compute
 
 WORKER = Path(worker.__file__)
 # Inside the single-file device program the worker is no file: the program itself is started.
@@ -49,6 +50,44 @@ def plain(text: str) -> str:
     return re.sub(r"/\S+:\d+ .*?\) (?=[A-Z])", "", text)
 
 
+class Child:
+    """A worker's process, not yet given a model. `early`: it loads its runtime meanwhile."""
+
+    def __init__(self, launch: Launch, early: bool = False) -> None:
+        self.launch = launch
+        env = {
+            **(launch.env if launch.env is not None else os.environ),
+            "PYTHONHASHSEED": "0",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+        self.begin = time.perf_counter()
+        self.process = subprocess.Popen(
+            [*launch.python, *launch.worker, str(launch.address_space), *["early"][:early]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=env,
+            start_new_session=True,
+        )
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process; safe to call twice."""
+        if self.process.poll() is None:
+            self.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        self.log.close()
+
+
 class Session:
     """One ONNX Runtime session in a child process with limits.
 
@@ -64,27 +103,14 @@ class Session:
         cores: frozenset[int] | None = None,
         name: str = "",
         load_seconds: float = 0,
+        child: Child | None = None,
         **options: Any,
     ) -> None:
         self.launch = launch or Launch()
         self.name = name or Path(model).name
-        env = {
-            **(self.launch.env if self.launch.env is not None else os.environ),
-            "PYTHONHASHSEED": "0",
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the session
         self.timed_out = False
-        begin = time.perf_counter()
-        self.process = subprocess.Popen(
-            [*self.launch.python, *self.launch.worker, str(self.launch.address_space)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env=env,
-            start_new_session=True,
-        )
+        self.child = child or Child(self.launch)
+        self.process, self.log = self.child.process, self.child.log
         if cores is not None:
             os.sched_setaffinity(self.process.pid, cores)
         try:
@@ -95,11 +121,13 @@ class Session:
         except BaseException:
             self.close()
             raise
-        self.ready_s = time.perf_counter() - begin  # from process start to a loaded model
+        self.ready_s = (
+            time.perf_counter() - self.child.begin
+        )  # from process start to a loaded model
 
     def ask(
-        self, header: dict[str, Any], arrays: Mapping[str, np.ndarray] = {}, seconds: float = 0
-    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        self, header: dict[str, Any], arrays: Mapping[str, "np.ndarray"] = {}, seconds: float = 0
+    ) -> tuple[dict[str, Any], dict[str, "np.ndarray"]]:
         """Send one request and wait for its answer, at most `seconds`."""
         seconds = seconds or RUN_TIMEOUT_S * self.launch.time_factor
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -119,23 +147,21 @@ class Session:
 
     def run(
         self, feeds: Mapping[str, Any], outputs: list[str] | None = None, seconds: float = 0
-    ) -> list[np.ndarray]:
+    ) -> list["np.ndarray"]:
         """Run the model once; the outputs in the model's order (or the order asked for)."""
+        import numpy as np
+
         arrays = {name: np.asarray(value) for name, value in feeds.items()}
         return list(self.ask({"op": "run", "outputs": outputs}, arrays, seconds)[1].values())
 
-    def keep_feeds(self, feeds: list[dict[str, np.ndarray]]) -> None:
+    def keep_feeds(self, feeds: list[dict[str, "np.ndarray"]]) -> None:
         """Give the child the inputs that `slice`, `memory` and `profile` cycle through."""
         for k, feed in enumerate(feeds):
             self.ask({"op": "feeds", "first": k == 0}, feed)
 
     def kill_late(self) -> None:
         self.timed_out = True
-        self.kill()
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.child.kill()
 
     def cause_of_death(self, seconds: float) -> EdgewrightError:
         """Why the child no longer answers."""
@@ -183,14 +209,7 @@ class Session:
 
     def close(self) -> None:
         """End the child; safe to call twice."""
-        if self.process.poll() is None:
-            self.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-        self.log.close()
+        self.child.close()
 
     def __enter__(self) -> "Session":
         return self

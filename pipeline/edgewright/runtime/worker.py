@@ -31,12 +31,12 @@ def read_exact(stream, size):
 
 def receive(stream):
     """Read one message: (header, arrays by name)."""
-    import numpy as np
-
     size = int.from_bytes(read_exact(stream, 8), "big")
     header = json.loads(read_exact(stream, size))
     arrays = {}
     for item in header.get("arrays", []):
+        import numpy as np
+
         dtype, shape = np.dtype(item["dtype"]), tuple(item["shape"])
         count = int(np.prod(shape, dtype=np.int64))
         data = read_exact(stream, count * dtype.itemsize)
@@ -46,9 +46,10 @@ def receive(stream):
 
 def send(stream, header, arrays=()):
     """Write one message; `arrays` are (name, array) pairs."""
-    import numpy as np
+    if arrays:
+        import numpy as np
 
-    arrays = [(name, np.asarray(a, order="C")) for name, a in arrays]
+        arrays = [(name, np.asarray(a, order="C")) for name, a in arrays]
     for name, array in arrays:
         if array.dtype.hasobject:
             raise TypeError(f"'{name}' holds {array.dtype} values, which cannot be passed on")
@@ -286,7 +287,10 @@ def die_with_parent():
 
 
 def main():
-    """Set limits (first argument: bytes of address space, 0 for none), then serve."""
+    """Set limits (first argument: bytes of address space, 0 for none), then serve.
+
+    Second argument "early": there is time to load the runtime before the first request comes.
+    """
     die_with_parent()
     limit = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     if limit:
@@ -297,6 +301,11 @@ def main():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not get between the messages
+    if sys.argv[2:] == ["early"]:
+        try:
+            import onnxruntime  # noqa: F401
+        except ImportError:
+            pass  # the first request will say so
     serve(sys.stdin.buffer, sink)
 
 
