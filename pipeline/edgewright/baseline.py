@@ -69,9 +69,9 @@ def nothing_to_compare(fault: str) -> Report:
     }
 
 
-def merged(report: Report, against: Report) -> Report:
+def merged(report: Report, against: Report, prefix: str = PREFIX) -> Report:
     """One gate report of the comparisons with the original and with the baseline."""
-    checks = [{**check, "name": PREFIX + check["name"]} for check in against["checks"]]
+    checks = [{**check, "name": prefix + check["name"]} for check in against["checks"]]
     return {
         **report,
         "verdict": min(report["verdict"], against["verdict"], key=WORST_FIRST.index),

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from edgewright.decision import Tolerances, check_tolerances
 from edgewright.errors import BadInput
 from edgewright.settings import load_toml, parse
 
@@ -233,6 +234,8 @@ class GateSettings:
     max_peak_memory_bytes: int | None = None
     max_latency_ms: float | None = None
     min_agreement: float | None = None
+    # Against an earlier release, not against the original.
+    tolerance: Tolerances = field(default_factory=Tolerances)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +327,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         limit = getattr(gate, key)
         if limit is not None and limit <= 0:
             raise BadInput(f"{where}: gate.{key}", expected="above 0", found=str(limit))
+    check_tolerances(gate.tolerance, f"{where}: gate.tolerance")
     if recipe.prune is not None:
         check_prune(recipe.prune, where)
         check_soft(recipe.prune, where)

@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from edgewright.decision import Tolerances, check_tolerances
 from edgewright.errors import BadInput, UsageError
 from edgewright.settings import load_toml, parse, suggestion
 
@@ -103,6 +104,7 @@ class Target:
     int8: Int8Scheme = Int8Scheme()
     prune: PruneFacts = PruneFacts()
     budget: Budget = Budget()
+    tolerance: Tolerances = field(default_factory=Tolerances)
     raw: dict[str, Any] = field(default_factory=dict)
 
 
@@ -150,4 +152,5 @@ def parse_target(raw: dict[str, Any], where: str = "target profile") -> Target:
         raise BadInput(f"{where}: prune.multiple", expected="at least 1")
     if target.runtime.threads < 1:
         raise BadInput(f"{where}: runtime.threads", expected="at least 1")
+    check_tolerances(target.tolerance, f"{where}: tolerance")
     return Target(**{**{f: getattr(target, f) for f in target.__dataclass_fields__}, "raw": raw})

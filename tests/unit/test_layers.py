@@ -17,6 +17,7 @@ STAGE_MODULES |= {"inspection", "pool"}
 # From the bottom up: what stands lower may not import what stands higher.
 LAYERS = [
     {"errors", "files", "process", ""},
+    {"decision"},
     {"settings", "cache"},
     {"recipe", "target"},
     {"calibration", "data", "model", "runtime", "stage", "metric", "keys"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"device", "report"},
     {"baseline", "delta", "signing", "signatures", "oms", "explain"},
     {"build"},
-    {"console", "rebuild"},
+    {"console", "rebuild", "release"},
     {"cli"},
     {"__main__"},
 ]

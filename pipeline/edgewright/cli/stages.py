@@ -11,8 +11,8 @@ from edgewright.cli.options import PATH, options, settings
 from edgewright.cli.terminal import emit, emit_json
 from edgewright.errors import BadInput
 from edgewright.files import copy_atomic
-from edgewright.recipe import Recipe, parse_recipe
-from edgewright.target import Target
+from edgewright.recipe import Recipe, load_recipe, parse_recipe
+from edgewright.target import Target, load_target
 
 Report = dict[str, Any]
 VERDICT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
@@ -223,33 +223,59 @@ def bench(
 
 
 @click.command()
-@click.option("--candidate", type=PATH, required=True, help="The model that would ship.")
-@click.option("--baseline", type=PATH, required=True, help="The model it must not fall behind.")
+@click.option("--candidate", type=PATH, required=True, help="The model or bundle that would ship.")
+@click.option(
+    "--baseline", type=PATH, required=True, help="The model or bundle it must not fall behind."
+)
+@click.option("--golden", type=PATH, help="A pinned release, against many small steps back.")
+@click.option("--recipe", "recipe_path", type=PATH, help="The recipe: metric, inputs, limits.")
+@click.option(
+    "--inconclusive",
+    type=click.Choice(["fail", "warn"]),
+    help="Whether a verdict that stays open ends with 4 or, with a warning, 0. Default: fail.",
+)
 @evidence_options
-@options("recipe", "target", "json")
+@options("target", "json")
 def gate(
     candidate: Path,
     baseline: Path,
-    recipe_path: Path,
+    golden: Path | None,
+    recipe_path: Path | None,
+    inconclusive: str | None,
     target_name: str,
     as_json: bool,
     **files: Any,
 ) -> int:
-    """Validate and measure one model file against another, and decide by the recipe's [gate].
+    """Run a candidate beside a baseline and decide: PASS, FAIL or INCONCLUSIVE.
+
+    A baseline bundle is an earlier release: nothing may be worse than it by more than the
+    tolerances of recipe and profile. A baseline model with a recipe stands for the recipe's
+    original and is judged by the recipe's [gate].
 
     \b
+    edgewright gate --candidate new.bundle.tar --baseline old.bundle.tar --target cpu
     edgewright gate --candidate int8.onnx --baseline model.onnx --recipe recipe.toml
     edgewright gate --candidate int8.onnx --baseline model.onnx --recipe recipe.toml \\
         --markdown summary.md --junit gate.xml --history verdicts.jsonl
     """
+    from edgewright.console import stderr, watching
+    from edgewright.decision import Tolerances, settle
+    from edgewright.release import judge, named
+
     evidence = Evidence(**files)
-    recipe, target = settings(recipe_path, target_name)
+    recipe = load_recipe(recipe_path) if recipe_path else None
+    target = load_target(target_name)
     evidence.prepare()
-    models = {"newest": candidate, "export": baseline}
-    reports = on_files(["validate", "measure", "gate"], recipe, target, models)
-    show(recipe, target, reports, as_json)
-    evidence.write([as_build(recipe, target, reports)], recipe.folder)
+    with watching(target.name) as watch:
+        reports = judge(candidate, baseline, target, recipe=recipe, pinned=golden, watch=watch)
+    told = recipe or named("")
+    show(told, target, reports, as_json)
+    evidence.write([as_build(told, target, reports)], recipe.folder if recipe else Path())
     verdict = reports["gate"]["verdict"]
     if not as_json:
         emit(verdict)
+    policy = settle(recipe.gate.tolerance if recipe else Tolerances(), target.tolerance)
+    if verdict == "INCONCLUSIVE" and (inconclusive or policy.inconclusive) == "warn":
+        stderr.print("warning: the verdict is INCONCLUSIVE, and the policy only warns of that")
+        return 0
     return VERDICT_CODES[verdict]

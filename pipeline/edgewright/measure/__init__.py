@@ -54,25 +54,32 @@ def run(job: Job) -> Report:
     try:
         return compare(candidate, original, feeds, job.target, job.tell, limit=border)
     except CandidateFailed as error:
-        emulated = job.target.run.how == "emulate"
-        if emulated:  # is it the model or the emulator?
-            check_runs(original, feeds, job.target, launch_for(job.target))
-        reason = f"the candidate does not run: {error}"
-        return {
-            "notes": [summary.note("warning", reason)],
-            "emulated": emulated,
-            "failed": str(error),
-            "latency": None,
-            "latency_reason": reason,
-            "memory": None,
-            "memory_reason": reason,
-            "load": {"ok": False},
-            "size": sizes(candidate, original),
-            "placement": None,
-            "noise": None,
-            "host": host.facts(),
-            "raw": {"pairs": []},
-        }
+        return failed(error, candidate, original, feeds, job.target)
+
+
+def failed(
+    error: CandidateFailed, candidate: Path, original: Path, feeds: list[Feed], target: Target
+) -> Report:
+    """The report on a candidate that does not run; raises where the original does not, either."""
+    emulated = target.run.how == "emulate"
+    if emulated:  # is it the model or the emulator?
+        check_runs(original, feeds, target, launch_for(target))
+    reason = f"the candidate does not run: {error}"
+    return {
+        "notes": [summary.note("warning", reason)],
+        "emulated": emulated,
+        "failed": str(error),
+        "latency": None,
+        "latency_reason": reason,
+        "memory": None,
+        "memory_reason": reason,
+        "load": {"ok": False},
+        "size": sizes(candidate, original),
+        "placement": None,
+        "noise": None,
+        "host": host.facts(),
+        "raw": {"pairs": []},
+    }
 
 
 def compare(

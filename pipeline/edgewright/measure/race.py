@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,25 @@ WARM_CALLS, WARM_S, WARM_MAX_S = 30, 0.2, 1.0
 CAP = 2.0  # a heat ends after this many times its seconds, whatever it has
 SLOW_CAP = 20 / 3  # the same for slow models: 20 s for a launch of 3 s, 60 s for three
 SPIN_COUNT = 200_000  # of the noise probe: about 2 ms
+RESTART_S, LEAST_RESTARTS = 0.5, 3  # of one heat
 MEMORY_RUNS = (3, 5)  # to reach the peak: inputs of one size, inputs of several sizes
 MEMORY_S = 5.0  # after these, two runs are enough
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How a heat spends its time. None: the constants above.
+
+    slice_s: of one slice, CPU time on a core of its own. pairs: least and most of a heat.
+    restarts: sessions created anew on each side after the pairs.
+    """
+
+    slice_s: float | None = None
+    pairs: tuple[int, int] | None = None
+    restarts: int = 0
+
+
+STEADY = Pace()
 
 
 class CandidateFailed(BadInput):
@@ -96,12 +114,12 @@ def warm_calls(first_run_s: float) -> int:
     return max(1, min(WARM_CALLS, int(WARM_MAX_S / max(first_run_s, 1e-9))))
 
 
-def calls_per_slice(latencies_s: list[float]) -> int:
+def calls_per_slice(latencies_s: list[float], pace: Pace = STEADY) -> int:
     """Calls of a slice, the same for both sides so that both see the same inputs."""
     if max(latencies_s) > SLOW_S:
         return 1
     mean = sum(latencies_s) / len(latencies_s)
-    return max(MIN_CALLS, min(MAX_CALLS, math.ceil(SLICE_S / max(mean, 1e-9))))
+    return max(MIN_CALLS, min(MAX_CALLS, math.ceil((pace.slice_s or SLICE_S) / max(mean, 1e-9))))
 
 
 def start(side: str, session: Session, feeds: list[Feed]) -> dict[str, Any]:
@@ -137,11 +155,33 @@ def take_slice(side: str, session: Session, calls: int, turn: int) -> dict[str, 
     }
 
 
-def finished(pairs: int, elapsed: float, seconds: float, calls: int) -> bool:
+def take_restarts(
+    sessions: dict[str, Session], order: random.Random, most: int
+) -> list[dict[str, Any]]:
+    """Pairs of restarts: each side creates its session anew and runs it once, in turns.
+
+    As many as fit in RESTART_S, at least LEAST_RESTARTS, at most `most`.
+    """
+    pairs: list[dict[str, Any]] = []
+    begin = time.monotonic()
+    while len(pairs) < most:
+        if len(pairs) >= LEAST_RESTARTS and time.monotonic() - begin > RESTART_S:
+            break
+        first, second = order.sample(SIDES, 2)
+        pair: dict[str, Any] = {"first": first}
+        for side in (first, second):
+            answer = ask(side, sessions[side], {"op": "restart"})
+            pair[side] = {key: round(answer[key], 7) for key in ("wall_s", "cpu_s")}
+        pairs.append(pair)
+    return pairs
+
+
+def finished(pairs: int, elapsed: float, seconds: float, calls: int, pace: Pace = STEADY) -> bool:
     """Whether a heat has run long enough."""
+    least, most = pace.pairs or (MIN_PAIRS, MAX_PAIRS)
     cap = seconds * (SLOW_CAP if calls == 1 else CAP)
-    enough = pairs >= MIN_PAIRS and elapsed >= seconds
-    return enough or pairs >= MAX_PAIRS or (elapsed >= cap and pairs >= 2)
+    enough = pairs >= least and elapsed >= seconds
+    return enough or pairs >= most or (elapsed >= cap and pairs >= 2)
 
 
 def run_launch(
@@ -154,6 +194,7 @@ def run_launch(
     seconds: float,
     seed: int,
     tell_pairs: Callable[[int], None],
+    pace: Pace = STEADY,
 ) -> list[dict[str, Any]]:
     """Two heats of about half the seconds each on `cores`, the original and the candidate first."""
     heats: list[dict[str, Any]] = []
@@ -164,7 +205,9 @@ def run_launch(
         def tell_heat(pairs: int, before: int = before) -> None:
             tell_pairs(before + min(pairs, MIN_PAIRS))
 
-        heat = run_heat(first, models, feeds, target, launch, cores, order, seconds / 2, tell_heat)
+        heat = run_heat(
+            first, models, feeds, target, launch, cores, order, seconds / 2, tell_heat, pace
+        )
         heats.append({"launch": number, **heat})
     return heats
 
@@ -179,6 +222,7 @@ def run_heat(
     order: random.Random,
     seconds: float,
     tell_pairs: Callable[[int], None],
+    pace: Pace = STEADY,
 ) -> dict[str, Any]:
     """Start both children on `cores` and let them take turns for about `seconds`.
 
@@ -192,12 +236,12 @@ def run_heat(
             session = open_side(side, models[side], target, launch, cores=cores)
             sessions[side] = stack.enter_context(session)
             starts[side] = start(side, session, feeds)
-        calls = calls_per_slice([starts[side]["latency_s"] for side in SIDES])
+        calls = calls_per_slice([starts[side]["latency_s"] for side in SIDES], pace)
         pairs: list[dict[str, Any]] = []
         spins: list[float] = []
         turn = 0
         begin = time.monotonic()
-        while not finished(len(pairs), time.monotonic() - begin, seconds, calls):
+        while not finished(len(pairs), time.monotonic() - begin, seconds, calls, pace):
             first, second = order.sample(SIDES, 2)
             pair: dict[str, Any] = {"turn": turn, "first": first}
             for side in (first, second):
@@ -208,6 +252,7 @@ def run_heat(
             spins.append(round(probe["wall_s"], 7))
             turn += calls
             tell_pairs(len(pairs))
+        restarts = take_restarts(sessions, order, pace.restarts)
     return {
         "started_first": started_first,
         "cores": sorted(cores),
@@ -215,6 +260,7 @@ def run_heat(
         "feed_bytes": [feed_bytes(feed) for feed in feeds],
         "start": starts,
         "spin_s": spins,
+        "restarts": restarts,
         "pairs": pairs,
     }
 

@@ -138,6 +138,22 @@ def launch_ratio(
     return {"ratio": math.exp(middle), "low": math.exp(low), "high": math.exp(high)}
 
 
+def sign_ratio(logs: Sequence[float], low_tail: float, high_tail: float) -> dict[str, float | None]:
+    """Median ratio and exact one-sided bounds of it, from log-ratios: see `quantile_bounds`.
+
+    The ratio is below `low` with at most the chance low_tail, above `high` with high_tail.
+    """
+    if not len(logs):
+        return {"ratio": None, "low": None, "high": None}
+    low = quantile_bounds(logs, 0.5, 1 - 2 * low_tail)[0]
+    high = quantile_bounds(logs, 0.5, 1 - 2 * high_tail)[1]
+    return {
+        "ratio": math.exp(float(np.median(logs))),
+        "low": None if low is None else math.exp(low),
+        "high": None if high is None else math.exp(high),
+    }
+
+
 def percentile_claims(wall_s: Sequence[float]) -> dict[str, float | int | str | None]:
     """p50, p90 and p99 of single calls in ms, and 98 % bounds of p90 (99 % on either side).
 

@@ -65,6 +65,27 @@ def balanced(heats: list[dict[str, Any]], clock: str) -> list[list[float]] | Non
     ]
 
 
+def flat(groups: Iterable[Iterable[float]]) -> list[float]:
+    """All values of all groups."""
+    return [value for group in groups for value in group]
+
+
+def cold_start(
+    heats: list[dict[str, Any]], clock: str, tails: tuple[float, float]
+) -> dict[str, Any]:
+    """Session creation and first run in a warm process: ratio, bounds, medians in seconds."""
+    pairs = [pair for heat in heats for pair in heat["restarts"]]
+    key = f"{clock}_s"
+    usable = all(min(p[CANDIDATE][key], p[ORIGINAL][key]) > 0 for p in pairs)
+    logs = [math.log(p[CANDIDATE][key] / p[ORIGINAL][key]) for p in pairs] if usable else []
+    return {
+        "primary": clock,
+        **statistics.sign_ratio(logs, *tails),
+        "pairs": len(pairs),
+        **{f"{s}_s": float(np.median([p[s][key] for p in pairs])) for s in SIDES if pairs},
+    }
+
+
 def steady_calls(pairs: Iterable[dict[str, Any]], side: str) -> list[float]:
     """Wall seconds of single calls, without the first of a slice: it refills the caches."""
     calls: list[float] = []
@@ -75,9 +96,15 @@ def steady_calls(pairs: Iterable[dict[str, Any]], side: str) -> list[float]:
 
 
 def latency(
-    heats: list[dict[str, Any]], clock: str, confidence: float
+    heats: list[dict[str, Any]],
+    clock: str,
+    confidence: float,
+    tails: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], list[Note]]:
-    """The latency report: ratio candidate / original with bounds, and times of both in ms."""
+    """The latency report: ratio candidate / original with bounds, and times of both in ms.
+
+    tails: the errors of the lower and of the upper bound, for bounds of the sign test alone.
+    """
     notes = []
     logs = {name: balanced(heats, name) for name in ("cpu", "wall")}
     for name, values in logs.items():
@@ -85,7 +112,12 @@ def latency(
             notes.append(note("warning", f"the {name} clock of this machine is too coarse"))
     if logs[clock] is None:
         clock = "wall"
-    ratios = {name: statistics.launch_ratio(v or [], confidence) for name, v in logs.items()}
+    if tails is None:
+        ratios = {k: statistics.launch_ratio(v or [], confidence) for k, v in logs.items()}
+        bounds = "the wider of exact sign test over the pairs and Student's t over the launches"
+    else:
+        ratios = {k: statistics.sign_ratio(flat(v or []), *tails) for k, v in logs.items()}
+        bounds = f"exact sign test over the pairs, errors {tails[0]:.2g} and {tails[1]:.2g}"
     each = [math.exp(float(np.median(values))) for values in logs[clock] or []]
     if len(each) > 1 and max(each) / min(each) > 1 + LAUNCH_SPREAD:
         text = ", ".join(f"{ratio:.3f}" for ratio in each)
@@ -99,8 +131,7 @@ def latency(
         "confidence": confidence,
         "statistic": "candidate / original, median over pairs of "
         + ("the median CPU time of a slice" if clock == "cpu" else "the least wall time of a slice")
-        + ", mean of both start orders; bounds: the wider of exact sign test over the pairs and "
-        "Student's t over the launches",
+        + f", mean of both start orders; bounds: {bounds}",
         "cpu_ratio": ratios["cpu"]["ratio"],
         "cpu_ratio_bounds": [ratios["cpu"]["low"], ratios["cpu"]["high"]],
         "wall_ratio": ratios["wall"]["ratio"],
@@ -134,7 +165,7 @@ def straddles(latency_report: dict[str, Any], border: float) -> bool:
 
 
 def memory(
-    heats: list[dict[str, Any]], no_arena_kib: int, reset: bool
+    heats: list[dict[str, Any]], no_arena_kib: int | None, reset: bool
 ) -> tuple[dict[str, Any], list[Note]]:
     """Peak resident bytes of both processes, largest over the heats.
 
@@ -158,7 +189,8 @@ def memory(
         load_peak = max(s["peak_after_load_kib"] for s in starts[side])
         report[f"{side}_load_peak_bytes"] = 1024 * load_peak
         report[f"{side}_peaks_bytes"] = [1024 * s["peak_kib"] for s in starts[side]]
-    report["candidate_peak_no_arena_bytes"] = 1024 * no_arena_kib
+    if no_arena_kib is not None:
+        report["candidate_peak_no_arena_bytes"] = 1024 * no_arena_kib
     report["ratio"] = report["candidate_peak_bytes"] / report["original_peak_bytes"]
     original = report["original_cost_bytes"]
     report["cost_ratio"] = report["candidate_cost_bytes"] / original if original else None

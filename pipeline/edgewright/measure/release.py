@@ -1,0 +1,148 @@
+"""The race of a release against the one before it: only as long as the verdict needs.
+
+Launches like those of `measure`, with shorter slices: beside busy neighbours a slice of 15 ms of
+CPU time takes about 60 ms, and as many pairs fit in a few seconds as the bounds need. After each
+launch the evidence is judged; the race ends when latency, cold start and memory are all decided,
+when one of them fails, or when another launch would exceed the budget.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from edgewright.data import Feed, samples
+from edgewright.decision import (
+    FAIL,
+    FAIL_TAIL,
+    INCONCLUSIVE,
+    LOOKS,
+    PASS_TAIL,
+    Settled,
+    cold_start_verdict,
+    latency_verdict,
+    memory_verdict,
+    settle,
+)
+from edgewright.measure import (
+    MAX_FEEDS,
+    emulated,
+    failed,
+    host,
+    profile_runs,
+    sizes,
+    summary,
+)
+from edgewright.measure.placement import profile_nodes
+from edgewright.measure.race import CANDIDATE, ORIGINAL, CandidateFailed, Pace, run_launch
+from edgewright.model import input_specs, load
+from edgewright.runtime.launch import launch_for
+from edgewright.stage import Job, Report, Tell
+from edgewright.target import Target
+
+PACE = Pace(slice_s=0.015, pairs=(24, 60), restarts=6)
+SECONDS = 2.2  # of a launch; its heats end after twice their half, whatever they have
+
+
+def run(job: Job) -> Report:
+    """The stage: compare the candidate with the release in place of the original."""
+    baseline, candidate = job.models["export"], job.input_model()
+    feeds = list(samples(job.recipe, input_specs(load(baseline)), MAX_FEEDS))
+    settled = settle(job.recipe.gate.tolerance, job.target.tolerance)
+    try:
+        return compare(candidate, baseline, feeds, job.target, settled, job.tell)
+    except CandidateFailed as error:
+        return failed(error, candidate, baseline, feeds, job.target)
+
+
+def compare(
+    candidate: Path,
+    baseline: Path,
+    feeds: list[Feed],
+    target: Target,
+    settled: Settled,
+    tell: Tell,
+    *,
+    seed: int = 0,
+) -> Report:
+    """The report of `measure.compare`, with `cold_start` and `decided`; the baseline is "original".
+
+    Raises CandidateFailed where the candidate cannot be loaded or run, and whatever is wrong
+    with the baseline or the machine.
+    """
+    launch = launch_for(target)
+    if target.run.how == "emulate":
+        return emulated(candidate, baseline, feeds, target, launch, tell)
+    with host.exclusive(tell):
+        before, steal = host.facts(), host.steal_ticks()
+        begin = time.monotonic()
+        threads, allowed = target.runtime.threads, before["allowed_cores"]
+        on_cpu = target.runtime.provider == "CPUExecutionProvider"
+        cores = host.core_sets(allowed, threads if on_cpu else len(allowed))
+        models = {CANDIDATE: candidate, ORIGINAL: baseline}
+        heats: list[dict[str, Any]] = []
+        looks: list[dict[str, Any]] = []
+        longest = 0.0
+        for number in range(LOOKS):
+            started = time.monotonic()
+            tell(f"racing, launch {number + 1}", 0, 0)
+            core = cores[number % len(cores)]
+            heats += run_launch(
+                number, models, feeds, target, launch, core, SECONDS, seed, no_steps, PACE
+            )
+            longest = max(longest, time.monotonic() - started)
+            parts, notes = look(heats, target)
+            seconds = time.monotonic() - begin
+            looks.append({**judged(parts, settled), "seconds": round(seconds, 3)})
+            if ends(looks[-1]) or seconds + longest > settled.budget_s:
+                break
+        where = None
+        if FAIL not in looks[-1].values():
+            tell("profiling", 0, 0)
+            slowest = max(heat["start"][CANDIDATE]["latency_s"] for heat in heats)
+            where = profile_nodes(candidate, target, launch, feeds, profile_runs(slowest))
+    noise = summary.noise(heats, host.steal_ticks() - steal)
+    return {
+        "notes": notes,
+        "emulated": False,
+        **parts,
+        "decided": {"looks": looks, "budget_s": settled.budget_s, "most_looks": LOOKS},
+        "load": summary.load(heats),
+        "size": sizes(candidate, baseline),
+        "placement": where,
+        "placement_reason": None if where else "the race had decided before",
+        "noise": noise,
+        "host": {
+            **before,
+            "load_average_after": host.facts()["load_average"],
+            "threads": threads,
+            "feeds": len(feeds),
+        },
+        "raw": summary.raw(heats, seed),
+    }
+
+
+def no_steps(pairs: int) -> None:
+    """Launches are told, pairs are not: how many there will be is not known."""
+
+
+def look(heats: list[dict[str, Any]], target: Target) -> tuple[dict[str, Any], list[summary.Note]]:
+    """What the heats so far say: latency, cold start and memory."""
+    clock, tails = summary.primary_clock(target), (FAIL_TAIL, PASS_TAIL)
+    latency, notes = summary.latency(heats, clock, 1 - FAIL_TAIL - PASS_TAIL, tails)
+    memory, more = summary.memory(heats, None, True)
+    cold_start = summary.cold_start(heats, clock, tails)
+    return {"latency": latency, "cold_start": cold_start, "memory": memory}, [*notes, *more]
+
+
+def judged(parts: dict[str, Any], settled: Settled) -> dict[str, Any]:
+    """The verdicts on the parts of a look."""
+    return {
+        "latency": latency_verdict(parts["latency"], settled.latency, settled.margin),
+        "cold_start": cold_start_verdict(parts["cold_start"], settled.cold_start, settled.margin),
+        "memory": memory_verdict(parts["memory"], settled.memory),
+    }
+
+
+def ends(verdicts: dict[str, Any]) -> bool:
+    """Whether no further look can change what all of them together say."""
+    return FAIL in verdicts.values() or INCONCLUSIVE not in verdicts.values()
