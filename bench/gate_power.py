@@ -185,7 +185,7 @@ def calibration(rows: list[Row], commit: str, folder: Path, results: Path) -> di
     for kind, wanted in SLOWDOWNS.items():
         costs[kind] = round((wanted - 1) / per_row)
         for _ in range(3):
-            found[kind] = cost(base, network(folder / f"{kind}.onnx", rows=costs[kind]), 10)
+            found[kind] = cost(base, network(folder / f"{kind}.onnx", rows=costs[kind]), 6)
             missing = (wanted - found[kind]["ratio"]) / per_row
             if abs(missing) < 0.75:
                 break

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgewright.device.verify import extract
 from edgewright.errors import BadInput, IntegrityError
-from edgewright.recipe import Recipe, parse_recipe
+from edgewright.recipe import Recipe
 from edgewright.stage import Report
 from edgewright.target import Target
 
@@ -47,16 +47,6 @@ def open_baseline(bundle: Path, recipe: Recipe, target: Target, folder: Path) ->
     model = manifest["model"]
     facts = {"version": manifest["version"], "model_sha256": model["sha256"]}
     return Baseline(folder / model["path"], facts)
-
-
-def thresholds(recipe: Recipe) -> Recipe:
-    """The recipe with what a new release owes its baseline: as much of the metric, no slower.
-
-    Limits on size and the like were agreed with the original in mind, and are judged there.
-    """
-    given = recipe.raw.get("gate", {})
-    owed = {key: given[key] for key in ("min_retained",) if key in given}
-    return parse_recipe({**recipe.raw, "gate": {**owed, "max_latency_ratio": 1.0}}, recipe.folder)
 
 
 def nothing_to_compare(fault: str) -> Report:

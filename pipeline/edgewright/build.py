@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Literal
 
 from edgewright import __version__, keys
-from edgewright.baseline import Baseline, merged, nothing_to_compare, open_baseline, thresholds
+from edgewright.baseline import Baseline, merged, nothing_to_compare, open_baseline
 from edgewright.cache import Cache
+from edgewright.decision import settle
 from edgewright.errors import BadInput, EnvironmentMissing
 from edgewright.files import (
     copy_atomic,
@@ -37,6 +38,7 @@ from edgewright.files import (
     sha256_of,
     write_atomic,
 )
+from edgewright.gate.release import decide_release
 from edgewright.recipe import Recipe, digest, parse_recipe
 from edgewright.runtime.doctor import host, need_provider
 from edgewright.runtime.launch import launch_for
@@ -121,13 +123,13 @@ STAGES = {
         models={"export": "baseline", "previous": "newest"},
     ),
     "baseline-measure": Needs(
-        module="measure",
+        module="measure.release",
         optional="baseline",
-        settings=("inputs", "calibration", "device", "host", "max_latency_ratio"),
+        settings=("inputs", "calibration", "device", "host", "tolerance"),
         models={"export": "baseline", "previous": "newest"},
     ),
     "gate": Needs(
-        settings=("gate", "budget"),
+        settings=("gate", "budget", "tolerance"),
         reports=("quantize", "validate", "measure", "baseline-validate", "baseline-measure"),
     ),
     "bundle": Needs(
@@ -323,10 +325,7 @@ class Line:
         folder.mkdir()
         needed = STAGES[stage].reports
         reports = {**self.told, **{n: self.done[n].report for n in needed if n in self.done}}
-        if stage.startswith("baseline"):
-            report = self.child(stage, thresholds(self.recipe), reports)
-        else:
-            report = self.child(stage, self.recipe, reports, unfinished)
+        report = self.child(stage, self.recipe, reports, unfinished)
         if stage == "gate" and self.baseline is not None:
             report = merged(report, self.against_baseline())
         (folder / REPORT).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", "utf-8")
@@ -361,8 +360,14 @@ class Line:
         assert self.baseline is not None
         if self.baseline.fault:
             return nothing_to_compare(self.baseline.fault)
-        pairs = {name: self.done[f"baseline-{name}"].report for name in ("validate", "measure")}
-        return self.child("gate", thresholds(self.recipe), pairs)
+        assert self.baseline.model is not None
+        return decide_release(
+            settle(self.recipe.gate.tolerance, self.target.tolerance),
+            self.done["baseline-validate"].report,
+            self.done["baseline-measure"].report,
+            same_file=self.model_digest(self.baseline.model)
+            == self.model_digest(self.models("baseline-measure")["previous"]),
+        )
 
     def settle(
         self, stage: str, source: Path, digests: dict[str, str], *, cached: bool

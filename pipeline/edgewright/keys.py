@@ -90,6 +90,7 @@ FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
     "min_retained": lambda recipe, _: recipe.gate.min_retained,
     "max_latency_ratio": lambda recipe, _: recipe.gate.max_latency_ratio,
     "gate": lambda recipe, _: [asdict(recipe.gate), sorted(recipe.raw.get("gate", {}))],
+    "tolerance": lambda recipe, target: [asdict(recipe.gate.tolerance), asdict(target.tolerance)],
     "budget": lambda _, target: asdict(target.budget),
     "device": lambda _, target: [
         target.name,

@@ -20,7 +20,9 @@ from edgewright.device.fit import check_runtime
 from edgewright.device.verify import extract
 from edgewright.errors import BadInput, EnvironmentMissing
 from edgewright.files import sha256_of
-from edgewright.gate import release as gate
+from edgewright.gate.absolute import absolute_limits
+from edgewright.gate.demands import target_demands
+from edgewright.gate.release import decide_release
 from edgewright.recipe import Recipe, parse_recipe
 from edgewright.runtime.doctor import need_provider
 from edgewright.runtime.launch import launch_for
@@ -217,8 +219,13 @@ class Chain:
         looks = (reports["measure"].get("decided") or {}).get("looks") or [{}]
         if not equal and "FAIL" not in looks[-1].values():
             reports["validate"] = self.stage("validate", "validate", other, {})
-        told = {**reports, "files": {"equal": equal}}
-        return {**reports, "gate": gate.run(self.job("gate", other, told))}
+        measure = reports["measure"]
+        more = absolute_limits(self.recipe.gate, self.target.budget, measure)
+        if measure.get("placement") or measure.get("failed"):
+            more += target_demands(measure)
+        settled = settle(self.recipe.gate.tolerance, self.target.tolerance)
+        gate = decide_release(settled, reports["validate"], measure, same_file=equal, more=more)
+        return {**reports, "gate": gate}
 
     def run(self, other: Path, stages: tuple[str, ...]) -> Reports:
         """The stages of a build of these names, `other` in place of the original."""
@@ -235,13 +242,7 @@ class Chain:
 
         begin = time.monotonic()
         self.watch(Event(kind="start", stage=name))
-        report = run_in_child(module, self.job(name, other, reports), tell)
-        self.watch(Event(kind="end", stage=name, seconds=time.monotonic() - begin))
-        return report
-
-    def job(self, name: str, other: Path, reports: Reports) -> Job:
-        """The job of a stage that compares the candidate with `other`."""
-        return Job(
+        job = Job(
             recipe=self.recipe,
             target=self.target,
             folder=Path(tempfile.mkdtemp(prefix=name, dir=self.work)),
@@ -249,3 +250,6 @@ class Chain:
             models={"export": other, "newest": self.candidate},
             reports=reports,
         )
+        report = run_in_child(module, job, tell)
+        self.watch(Event(kind="end", stage=name, seconds=time.monotonic() - begin))
+        return report

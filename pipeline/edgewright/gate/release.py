@@ -11,7 +11,6 @@ from statistics import NormalDist
 
 from edgewright import decision
 from edgewright.decision import ALPHA, FAMILY, Settled
-from edgewright.gate.absolute import absolute_limits
 from edgewright.gate.check import (
     FAIL,
     INCONCLUSIVE,
@@ -25,25 +24,24 @@ from edgewright.gate.check import (
     no_number,
     part,
 )
-from edgewright.gate.demands import target_demands
 from edgewright.gate.verdict import sealed
-from edgewright.stage import Job, Report
+from edgewright.stage import Report
 
 METRIC_TAIL = 0.025  # of the bound that shows no loss: what trials of non-inferiority use
 AGREEMENT_SAMPLES = 20  # fewer show nothing of a share of 95 %
 EQUAL_DB = 200.0  # what `validate` calls equal outputs
 
 
-def run(job: Job) -> Report:
-    """The stage: judge the reports of validate and measure on candidate and release."""
-    validate, measure = job.reports.get("validate", {}), job.reports.get("measure", {})
-    settled = decision.settle(job.recipe.gate.tolerance, job.target.tolerance)
-    alike = bool(job.reports.get("files", {}).get("equal"))
-    checks = against(settled, validate, measure, same_file=alike)
-    checks += absolute_limits(job.recipe.gate, job.target.budget, measure)
-    if FAIL not in {c["verdict"] for c in checks} or part(measure, "placement"):
-        checks += target_demands(measure)
-    return sealed(checks)
+def decide_release(
+    settled: Settled,
+    validate: Report,
+    measure: Report,
+    *,
+    same_file: bool = False,
+    more: Sequence[Check] = (),
+) -> Report:
+    """The gate's report on candidate and release; `more`: checks that need no release."""
+    return sealed([*against(settled, validate, measure, same_file=same_file), *more])
 
 
 def against(

@@ -3,7 +3,7 @@
 Launches like those of `measure`, with shorter slices: beside busy neighbours a slice of 15 ms of
 CPU time takes about 60 ms, and as many pairs fit in a few seconds as the bounds need. After each
 launch the evidence is judged; the race ends when latency, cold start and memory are all decided,
-when one of them fails, or when another launch would exceed the budget.
+when it has failed, or when another launch would exceed the budget.
 """
 
 import time
@@ -23,6 +23,7 @@ from edgewright.decision import (
     memory_verdict,
     settle,
 )
+from edgewright.errors import BadInput
 from edgewright.measure import (
     MAX_FEEDS,
     emulated,
@@ -46,7 +47,14 @@ SECONDS = 2.2  # of a launch; its heats end after twice their half, whatever the
 def run(job: Job) -> Report:
     """The stage: compare the candidate with the release in place of the original."""
     baseline, candidate = job.models["export"], job.input_model()
-    feeds = list(samples(job.recipe, input_specs(load(baseline)), MAX_FEEDS))
+    specs, theirs = input_specs(load(candidate)), input_specs(load(baseline))
+    if [(s.name, s.dtype) for s in specs] != [(s.name, s.dtype) for s in theirs]:
+        raise BadInput(
+            "the baseline is no release of this model: it takes other inputs",
+            expected=", ".join(f"{s.name} ({s.dtype})" for s in specs),
+            found=", ".join(f"{s.name} ({s.dtype})" for s in theirs),
+        )
+    feeds = list(samples(job.recipe, theirs, MAX_FEEDS))
     settled = settle(job.recipe.gate.tolerance, job.target.tolerance)
     try:
         return compare(candidate, baseline, feeds, job.target, settled, job.tell)
@@ -144,5 +152,9 @@ def judged(parts: dict[str, Any], settled: Settled) -> dict[str, Any]:
 
 
 def ends(verdicts: dict[str, Any]) -> bool:
-    """Whether no further look can change what all of them together say."""
-    return FAIL in verdicts.values() or INCONCLUSIVE not in verdicts.values()
+    """Whether the race is decided: it has failed, or nothing is open.
+
+    More memory alone does not end it: who must mend a release wants to know about its time, too.
+    """
+    failed = FAIL in (verdicts["latency"], verdicts["cold_start"])
+    return failed or INCONCLUSIVE not in verdicts.values()
