@@ -42,6 +42,7 @@ from edgewright.gate.release import decide_release
 from edgewright.recipe import Recipe, digest, parse_recipe
 from edgewright.runtime.doctor import host, need_provider
 from edgewright.runtime.launch import launch_for
+from edgewright.runtime.ssh.link import held
 from edgewright.signatures import Signed, farewell, is_still, signed_in
 from edgewright.stage import Job, Report, run_in_child
 from edgewright.target import Target
@@ -194,7 +195,7 @@ def build(
     Raises what a stage raised; the stages before it then stay in the run folder.
     """
     launch_for(target)  # say now what this machine lacks, not after minutes of work
-    need_provider(target.runtime.provider)
+    need_provider(target)
     folder = out.absolute() / target.name
 
     def busy(owner: str) -> None:
@@ -205,7 +206,7 @@ def build(
         )
 
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock", busy), scratch(folder) as work:
+    with held(target), locked(folder / ".lock", busy), scratch(folder) as work:
         line = Line(recipe, target, folder, work, cache, watch)
         if baseline is not None:
             line = replace(line, baseline=open_baseline(baseline, recipe, target, work / "old"))

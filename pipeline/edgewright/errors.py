@@ -48,7 +48,18 @@ class EnvironmentMissing(EdgewrightError):
     exit_code = 6
 
 
-KINDS = (EdgewrightError, UsageError, BadInput, IntegrityError, EnvironmentMissing)
+class DeviceUnavailable(EnvironmentMissing):
+    """The device, or the link to it, failed: it says nothing about the model."""
+
+
+KINDS = (
+    EdgewrightError,
+    UsageError,
+    BadInput,
+    IntegrityError,
+    EnvironmentMissing,
+    DeviceUnavailable,
+)
 
 
 def to_wire(error: EdgewrightError) -> dict[str, str]:

@@ -6,10 +6,8 @@ user's files, and the models and reports of earlier stages. It never covers time
 
 import hashlib
 import importlib.metadata
-import mmap
 import os
 import platform
-import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -21,6 +19,8 @@ from edgewright.errors import BadInput
 from edgewright.recipe import Recipe
 from edgewright.runtime import emulator
 from edgewright.runtime.launch import host_cpu, host_isa
+from edgewright.runtime.ssh import link
+from edgewright.sidecars import external_data
 from edgewright.target import Target
 
 PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "sympy")
@@ -101,7 +101,12 @@ FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
         asdict(target.prune),
     ],
     "profile": lambda _, target: target.raw,
-    "host": lambda _, target: [host_cpu(), sorted(host_isa()), emulator_version(target)],
+    "host": lambda _, target: [
+        host_cpu(),
+        sorted(host_isa()),
+        emulator_version(target),
+        link.identity(target) if target.run.how == "ssh" else None,
+    ],
     "epoch": lambda *_: os.environ.get("SOURCE_DATE_EPOCH", ""),
 }
 
@@ -137,26 +142,3 @@ def source_files(recipe: Recipe, source: str) -> list[Path]:
     if path.is_dir():
         return sorted(p for p in path.rglob("*") if p.is_file())
     return [path, *external_data(path)] if path.is_file() else []
-
-
-LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f]|[\x80-\xff][\x01-\x7f])")
-
-
-def external_data(path: Path) -> list[Path]:
-    """Files beside or below an ONNX file that it names as holding its weights.
-
-    Found by the bytes of the protobuf field, so that nothing untrusted is parsed here; what
-    the model may really read is decided where it is admitted.
-    """
-    if path.suffix != ".onnx" or not path.is_file() or path.stat().st_size == 0:
-        return []
-    found = set()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for match in LOCATION.finditer(data):
-            size = match[1]
-            length = size[0] if len(size) == 1 else (size[0] & 0x7F) | size[1] << 7
-            name = Path(data[match.end() : match.end() + length].decode("utf-8", "replace"))
-            inside = not name.is_absolute() and ".." not in name.parts and "\0" not in str(name)
-            if inside and (path.parent / name).is_file():
-                found.add(path.parent / name)
-    return sorted(found)

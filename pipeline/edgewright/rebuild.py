@@ -19,6 +19,7 @@ from edgewright.recipe import Recipe
 from edgewright.report.tables import find, rows, table
 from edgewright.runtime.doctor import need_provider
 from edgewright.runtime.launch import launch_for
+from edgewright.runtime.ssh.link import held
 from edgewright.target import Target
 
 Json = dict[str, Any]
@@ -38,12 +39,12 @@ def rebuild(
             found=f"{recipe.model.name} for {target.name}",
         )
     launch_for(target)
-    need_provider(target.runtime.provider)
+    need_provider(target)
     gate = there.get(manifest.GATE_REPORT)
     before = os.environ.get("SOURCE_DATE_EPOCH")
     os.environ["SOURCE_DATE_EPOCH"] = str(old.manifest["source_date_epoch"])
     try:
-        with tempfile.TemporaryDirectory(prefix="edgewright-rebuild-") as name:
+        with held(target), tempfile.TemporaryDirectory(prefix="edgewright-rebuild-") as name:
             folder, work = Path(name) / "out", Path(name) / "work"
             folder.mkdir()
             work.mkdir()

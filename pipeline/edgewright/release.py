@@ -26,6 +26,7 @@ from edgewright.gate.release import decide_release
 from edgewright.recipe import Recipe, parse_recipe
 from edgewright.runtime.doctor import need_provider
 from edgewright.runtime.launch import launch_for
+from edgewright.runtime.ssh import link
 from edgewright.stage import Job, Report, run_in_child
 from edgewright.target import Target
 
@@ -58,8 +59,8 @@ def judge(
     any other is an earlier release, see `gate.release`. pinned: a golden release beside it.
     """
     launch_for(target)
-    need_provider(target.runtime.provider)
-    with tempfile.TemporaryDirectory(prefix="edgewright-") as name:
+    need_provider(target)
+    with link.held(target), tempfile.TemporaryDirectory(prefix="edgewright-") as name:
         work = Path(name)
         new, old = opened(candidate, work / "new"), opened(baseline, work / "old")
         gold = opened(pinned, work / "golden") if pinned else None
@@ -110,9 +111,16 @@ def refuse_strangers(
     if ours != theirs:
         differs(path, *(f"{name} with {threads} threads" for name, threads in (ours, theirs)))
     try:
-        check_runtime(old.manifest, importlib.metadata.version("onnxruntime"))
+        check_runtime(old.manifest, runtime_version(target))
     except EnvironmentMissing as error:
         raise BadInput(f"baseline {path}: {error}") from None
+
+
+def runtime_version(target: Target) -> str:
+    """The version of onnxruntime that runs the target."""
+    if target.run.how == "ssh":
+        return link.version(link.facts(target), "onnxruntime") or ""
+    return importlib.metadata.version("onnxruntime")
 
 
 def differs(path: Path | None, expected: str, found: str) -> None:

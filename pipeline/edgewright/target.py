@@ -34,6 +34,11 @@ class RuntimeSettings:
 class RunSettings:
     """How code for the device runs from here: natively, emulated, or over SSH.
 
+    For `ssh` (docs/ssh.md): where the device is, the one key to log in with, the list of hosts to
+    trust; its Python and a folder there for pushed models; `pin`: the cores to use, empty for
+    all; seconds: `limit_s` for one request, `beat_s` between signs of life, `reconnect_s` to keep
+    trying to open a dropped link. `emulated`: its CPU is emulated, so its times do not count.
+
     For `emulate`: the QEMU CPU model and, for ARM, the identity written to the emulated
     /proc/cpuinfo. ONNX Runtime picks kernels from both, so they must describe one CPU
     (facts: a mismatch ends in SIGILL or in silently slower kernels).
@@ -46,6 +51,17 @@ class RunSettings:
     cpu_features: str = ""
     cores: int = 1
     host: str = ""
+    port: int = 22
+    user: str = ""
+    key: str = "~/.ssh/id_ed25519"
+    known_hosts: str = "~/.ssh/known_hosts"
+    python: str = "python3"
+    folder: str = "~/.cache/edgewright"
+    pin: tuple[int, ...] = ()
+    emulated: bool = False
+    limit_s: float = 600.0
+    beat_s: float = 5.0
+    reconnect_s: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +123,11 @@ class Target:
     tolerance: Tolerances = field(default_factory=Tolerances)
     raw: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def emulated(self) -> bool:
+        """Whether the device's CPU is emulated, here or behind SSH: its times say nothing."""
+        return self.run.how == "emulate" or self.run.emulated
+
 
 def profiles_folder() -> Path:
     """The folder of the shipped profiles: inside the wheel, or `targets/` of the repository."""
@@ -135,6 +156,27 @@ def load_target(name: str) -> Target:
     return parse_target(load_toml(path, "target profile"), where)
 
 
+def check_ssh(run: RunSettings, where: str) -> None:
+    """What a device over SSH needs."""
+    for key, what in (("host", "the device's SSH host"), ("user", "the user to log in as")):
+        value = getattr(run, key)
+        if not value or value.startswith("-") or not value.isprintable():
+            raise BadInput(f"{where}: run.{key}", expected=what, found=repr(value) or "nothing")
+    for key in ("key", "known_hosts"):
+        if not getattr(run, key).startswith(("/", "~")):
+            raise BadInput(
+                f"{where}: run.{key}",
+                expected="an absolute path, or one that begins with ~",
+                found=repr(getattr(run, key)),
+            )
+    if not 0 < run.port < 65536:
+        raise BadInput(f"{where}: run.port", expected="1 to 65535", found=str(run.port))
+    if not run.python.strip() or not run.folder.strip():
+        raise BadInput(f"{where}: run.python and run.folder", expected="both", found="nothing")
+    if min(run.limit_s, run.beat_s) <= 0 or run.reconnect_s < 0:
+        raise BadInput(f"{where}: run.limit_s, run.beat_s", expected="more than 0 seconds")
+
+
 def parse_target(raw: dict[str, Any], where: str = "target profile") -> Target:
     """Check the tables of a profile."""
     if "raw" in raw:
@@ -144,8 +186,8 @@ def parse_target(raw: dict[str, Any], where: str = "target profile") -> Target:
         raise BadInput(f"{where}: name", expected="letters, digits, '-', '_'", found=target.name)
     if target.run.how == "emulate" and not target.run.cpu_model:
         raise BadInput(f"{where}: run.cpu_model", expected="a QEMU CPU model", found="nothing")
-    if target.run.how == "ssh" and not target.run.host:
-        raise BadInput(f"{where}: run.host", expected="the device's SSH host", found="nothing")
+    if target.run.how == "ssh":
+        check_ssh(target.run, where)
     if not 0 <= target.runtime.min_provider_share <= 1:
         raise BadInput(f"{where}: runtime.min_provider_share", expected="0 to 1")
     if target.prune.multiple < 1:

@@ -92,7 +92,7 @@ def evaluate(job: Job, notes: Notes) -> Report:
         if key != ships:
             seen[key] = scored(job.models[stage], f"after {stage}")[0]
     where = f"on {job.target.name}"
-    if job.target.run.how == "emulate":
+    if job.target.emulated:
         where += " (emulated)"
     final, samples_after = scored(shipped, f"the shipped model {where}", on_target=True)
     seen[ships] = final
@@ -238,7 +238,7 @@ def agreement(job: Job, shipped: Path, notes: Notes, *, on_target: bool) -> Repo
     output of scores (float, two axes) whose largest entry is at the same place.
     """
     original = job.models["export"]
-    emulated = on_target and job.target.run.how == "emulate"
+    emulated = on_target and job.target.emulated
     limit = EMULATED_SAMPLES if emulated else AGREEMENT_SAMPLES
     reference = open_local(original)
     names = reference.outputs

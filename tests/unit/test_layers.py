@@ -16,7 +16,7 @@ STAGE_MODULES = {needs.module or name for name, needs in STAGES.items()}
 STAGE_MODULES |= {"inspection", "pool"}
 # From the bottom up: what stands lower may not import what stands higher.
 LAYERS = [
-    {"errors", "files", "process", ""},
+    {"errors", "files", "process", "schema", "sidecars", ""},
     {"decision"},
     {"settings", "cache"},
     {"recipe", "target"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from edgewright.bundle import schema
+from edgewright import schema
 from edgewright.bundle.manifest import SCHEMA
 
 EXAMPLE = {
@@ -109,7 +109,7 @@ def mutants(value):
 def judged_alike(value, judge) -> bool:
     """Whether both checkers agree; the verdict of the real one."""
     valid = judge.is_valid(value)
-    found = schema.fault(value, SCHEMA)
+    found = schema.fault(value, SCHEMA, "manifest")
     assert bool(found) != valid, (found, value)
     assert found.isprintable()
     return valid
@@ -137,17 +137,17 @@ def test_many_changes_at_once():
 
 def test_a_whole_float_is_no_integer():
     """The one place where ours is stricter."""
-    assert schema.fault(3.0, {"type": "integer"})
-    assert not schema.fault(3.0, {"type": "number"})
+    assert schema.fault(3.0, {"type": "integer"}, "")
+    assert not schema.fault(3.0, {"type": "number"}, "")
 
 
 def test_a_keyword_it_does_not_know_is_no_pass():
     with pytest.raises(NotImplementedError, match="uniqueItems"):
-        schema.fault([], {"type": "array", "uniqueItems": True})
+        schema.fault([], {"type": "array", "uniqueItems": True}, "")
 
 
 def test_every_keyword_of_our_schemas_is_known():
-    folder = Path(schema.__file__).parent / "schema"
+    folder = Path(schema.__file__).parent / "bundle" / "schema"
 
     def check(part):
         assert set(part) <= schema.KNOWN, part

@@ -151,7 +151,7 @@ def epoch(text: str) -> int:
 def prove(job: Job, path: Path, model: onnx.ModelProto) -> Proof:
     """Golden vectors: calibration samples through the target's own runtime."""
     # An emulated run can take seconds.
-    most = golden.MIN_VECTORS if job.target.run.how == "emulate" else golden.MAX_VECTORS
+    most = golden.MIN_VECTORS if job.target.emulated else golden.MAX_VECTORS
     feeds = golden.choose(data.samples(job.recipe, models.input_specs(model), most), most)
     names = [value.name for value in model.graph.output]
     with open_on_target(path, job.target) as session:
@@ -164,7 +164,7 @@ def prove(job: Job, path: Path, model: onnx.ModelProto) -> Proof:
             job.tell("golden vectors", k, len(feeds))
             outputs.append(outputs_of(feed))
         again = outputs_of(feeds[0])
-        runtime = str(session.info["version"])
+        runtime, flags = str(session.info["version"]), session.info["flags"]
     quantized = is_quantized(model)
     limits = golden.tolerances(outputs, quantized)
     exact = job.target.runtime.provider == "CPUExecutionProvider"
@@ -180,7 +180,7 @@ def prove(job: Job, path: Path, model: onnx.ModelProto) -> Proof:
                 hint="remove random operators; a device could not be proven against such a model",
             )
     share = golden.INT8_SHARE if quantized else golden.FLOAT_SHARE
-    origin = golden.made_with(job.target, job.target.device.arch, runtime)
+    origin = golden.made_with(job.target, job.target.device.arch, runtime, flags)
     return Proof(
         feeds=feeds,
         outputs=outputs,

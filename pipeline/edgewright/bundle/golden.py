@@ -178,13 +178,17 @@ def compare(found: np.ndarray, golden: np.ndarray, tolerance: Mapping[str, Any])
     return Difference(worst, False, fault)
 
 
-def made_with(target: "Target | None", arch: str, runtime: str) -> dict[str, Any]:
+def made_with(
+    target: "Target | None", arch: str, runtime: str, flags_there: Sequence[str] = ()
+) -> dict[str, Any]:
     """What decides the bits of an output: runtime version and the kernels it chooses.
 
-    `target` None: this machine itself.
+    `target` None: this machine itself. `flags_there`: of the CPU of a device behind SSH.
     """
-    emulated = target is not None and target.run.how == "emulate"
-    if target is not None and emulated:
+    emulated = target is not None and target.emulated
+    if target is not None and target.run.how == "ssh":
+        flags = set(flags_there)
+    elif target is not None and emulated:
         flags = set(target.run.cpu_features.split()) | set(target.device.isa)
     else:
         flags = set(host_isa())

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from edgewright import schema
 from edgewright.bundle import canonical as jcs
-from edgewright.bundle import schema
 from edgewright.bundle.tarball import paths_fault
 from edgewright.errors import BadInput, IntegrityError
 
@@ -160,7 +160,7 @@ def manifest_fault(manifest: Manifest) -> str:
     for text in texts(manifest):
         if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text):
             return f"a control character in {text[:80]!r}"
-    return schema.fault(manifest, SCHEMA)[:200] or files_fault(manifest)
+    return schema.fault(manifest, SCHEMA, "manifest")[:200] or files_fault(manifest)
 
 
 def texts(value: Any) -> Iterator[str]:

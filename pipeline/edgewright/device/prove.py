@@ -44,7 +44,8 @@ def prove(
     with open_session(manifest, folder / manifest["model"]["path"], launch, child) as session:
         check_runtime(manifest, str(session.info["version"]))
         arch = manifest["device"]["arch"]
-        here = golden.made_with(where, arch, str(session.info["version"]))
+        version, flags = str(session.info["version"]), session.info.get("flags", ())
+        here = golden.made_with(where, arch, version, flags)
         made_with = dict(manifest["golden"]["made_with"])
         exact_expected = made_with.pop("exact") and made_with == here
         results = [

@@ -70,6 +70,8 @@ def latency(settled: Settled, measure: Report) -> Check:
     value, low, high = (finite(report.get(f"ratio{end}")) for end in ("", "_low", "_high"))
     if above_zero(value) is None:
         return no_number(name, limit, "the ratio", report.get("ratio"))
+    if unsteady := measure.get("unsteady"):
+        return check(name, limit, INCONCLUSIVE, str(unsteady), value, low, high)
     verdict = decision.latency_verdict(report, settled.latency, settled.margin)
     clock = "CPU time" if report.get("primary") == "cpu" else "wall time"
     launches, pairs = report.get("launches", 0), report.get("pairs", 0)
@@ -90,6 +92,8 @@ def cold_start(settled: Settled, measure: Report) -> Check:
     value, low, high = (finite(report.get(key)) for key in ("ratio", "low", "high"))
     if above_zero(value) is None:
         return no_number(name, limit, "the ratio", report.get("ratio"))
+    if unsteady := measure.get("unsteady"):
+        return check(name, limit, INCONCLUSIVE, str(unsteady), value, low, high)
     verdict = decision.cold_start_verdict(report, settled.cold_start, settled.margin)
     found = f"{bounded(value, low, high)} of the baseline's ({report.get('pairs', 0)} pairs)"
     if verdict == INCONCLUSIVE:

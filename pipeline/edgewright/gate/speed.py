@@ -33,6 +33,8 @@ def latency_ratio(limit: float, measure: Report) -> Check:
     if low is None or high is None:
         reason = f"too few pairs ({latency.get('pairs', '?')}) for bounds"
         return check(name, limit, INCONCLUSIVE, reason, value, low, high)
+    if unsteady := measure.get("unsteady"):
+        return check(name, limit, INCONCLUSIVE, str(unsteady), value, low, high)
     border = limit * (1 + LATENCY_MARGIN)
     clock = "CPU time" if latency.get("primary") == "cpu" else "wall time"
     found = f"{clock} {value:.3f} of the original, {low:.3f} to {high:.3f}"
@@ -58,7 +60,7 @@ def latency_ms(limit: float, measure: Report) -> Check:
     if value is None:
         return no_number(name, limit, "p90", times.get("p90_reason") or times.get("p90_ms"))
     found = f"p90 {value:.3g} ms"
-    if (reason := noisy(measure)) is not None:
+    if (reason := measure.get("unsteady") or noisy(measure)) is not None:
         return check(name, limit, INCONCLUSIVE, f"{found}; {reason}", value, low, high)
     if low is None or high is None:
         return check(name, limit, INCONCLUSIVE, f"{found} has no bounds", value, low, high)

@@ -28,6 +28,7 @@ from edgewright.measure.race import (
 )
 from edgewright.runtime.launch import launch_for
 from edgewright.runtime.session import Launch
+from edgewright.runtime.ssh.link import held
 from edgewright.stage import Job, Report, Tell
 from edgewright.target import Target
 
@@ -61,7 +62,7 @@ def failed(
     error: CandidateFailed, candidate: Path, original: Path, feeds: list[Feed], target: Target
 ) -> Report:
     """The report on a candidate that does not run; raises where the original does not, either."""
-    emulated = target.run.how == "emulate"
+    emulated = target.emulated
     if emulated:  # is it the model or the emulator?
         check_runs(original, feeds, target, launch_for(target))
     reason = f"the candidate does not run: {error}"
@@ -77,7 +78,7 @@ def failed(
         "size": sizes(candidate, original),
         "placement": None,
         "noise": None,
-        "host": host.facts(),
+        "host": host.facts(host.look(target)),
         "raw": {"pairs": []},
     }
 
@@ -103,9 +104,10 @@ def compare(
         raise UsageError("measuring needs inputs", expected="at least 1 sample", found="none")
     feeds = feeds[:MAX_FEEDS]
     launch = launch_for(target)
-    if target.run.how == "emulate":
-        return emulated(candidate, original, feeds, target, launch, tell)
-    with host.exclusive(tell):
+    if target.emulated:
+        with held(target):
+            return emulated(candidate, original, feeds, target, launch, tell)
+    with held(target) if target.run.how == "ssh" else host.exclusive(tell):
         return measured(candidate, original, feeds, target, launch, tell, launches, seconds, limit)
 
 
@@ -121,8 +123,8 @@ def measured(
     limit: float | None,
 ) -> Report:
     """`compare` where time is time: the race, memory without arena, placement."""
-    before, steal = host.facts(), host.steal_ticks()
-    threads, allowed = target.runtime.threads, before["allowed_cores"]
+    before = host.look(target)
+    threads, allowed = target.runtime.threads, host.usable_cores(target, before)
     on_cpu = target.runtime.provider == "CPUExecutionProvider"
     cores = host.core_sets(allowed, threads if on_cpu else len(allowed))
     # Two looks at the data at most, so each gets half of the chance to err (Bonferroni).
@@ -154,8 +156,11 @@ def measured(
     tell("measuring memory", 0, 0)
     no_arena, reset = no_arena_peak_kib(candidate, feeds, target, launch, cores[0])
     memory, more = summary.memory(heats, no_arena, reset)
-    noise = summary.noise(heats, host.steal_ticks() - steal)
+    after = host.look(target)
+    noise = summary.noise(heats, after["steal_ticks"] - before["steal_ticks"])
     notes += more
+    if (unsteady := host.unsteady(before, after)) is not None:
+        notes.append(summary.note("warning", unsteady))
     if threads > len(allowed) and on_cpu:
         text = f"{threads} threads share the {len(allowed)} cores of this machine"
         notes.append(summary.note("warning", text))
@@ -176,9 +181,10 @@ def measured(
         "size": sizes(candidate, original),
         "placement": where,
         "noise": noise,
+        "unsteady": unsteady,
         "host": {
-            **before,
-            "load_average_after": host.facts()["load_average"],
+            **host.facts(before),
+            "after": host.state(after),
             "onnxruntime": where["onnxruntime"],
             "threads": threads,
             "feeds": len(feeds),
@@ -224,7 +230,7 @@ def emulated(
         "placement": where,
         "noise": None,
         "host": {
-            **host.facts(),
+            **host.facts(host.look(target)),
             "onnxruntime": where["onnxruntime"],
             "threads": target.runtime.threads,
             "feeds": 1,

@@ -1,8 +1,7 @@
-"""The measuring machine: one measurement at a time, and the facts that belong to its numbers."""
+"""The measuring machine, here or behind SSH: one measurement at a time, and what it was like."""
 
 import fcntl
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.runtime.launch import host_cpu
+from edgewright.runtime.ssh import facts as device
+from edgewright.runtime.ssh import link
 from edgewright.stage import Tell
+from edgewright.target import Target
 
 POLL_S = 0.5
+THROTTLED_NOW = 0xF  # of the firmware's word on a Raspberry Pi; the bits above tell the past
 
 
 def lock_path() -> Path:
@@ -45,11 +48,6 @@ def exclusive(tell: Tell) -> Iterator[None]:
         os.close(handle)
 
 
-def allowed_cores() -> list[int]:
-    """The cores that this process may use."""
-    return sorted(os.sched_getaffinity(0))
-
-
 def core_sets(allowed: list[int], threads: int) -> list[frozenset[int]]:
     """Sets of `threads` cores to alternate between; all cores where there are no two such sets.
 
@@ -61,22 +59,57 @@ def core_sets(allowed: list[int], threads: int) -> list[frozenset[int]]:
     return [frozenset(allowed[k : k + threads]) for k in starts]
 
 
-def steal_ticks() -> int:
-    """Clock ticks that a hypervisor gave to others, over all cores since boot; 0 if unknown."""
-    try:
-        return int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8])
-    except (OSError, IndexError, ValueError):
-        return 0
+def look(target: Target) -> dict[str, Any]:
+    """How the machine that runs the target is doing now; the keys of `runtime.ssh.facts`."""
+    return link.look(target) if target.run.how == "ssh" else device.facts()
 
 
-def facts() -> dict[str, Any]:
-    """What a reader of the numbers must know about the machine."""
+def usable_cores(target: Target, found: dict[str, Any]) -> list[int]:
+    """The cores that a measurement may use."""
+    cores: list[int] = sorted(target.run.pin) or found["allowed_cores"]
+    return cores
+
+
+def facts(found: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of the numbers must know about the machine, of what `look` saw."""
     return {
-        "cpu": host_cpu(),
-        "arch": platform.machine(),
-        "cores": os.cpu_count(),
-        "allowed_cores": allowed_cores(),
-        "load_average": [round(x, 2) for x in os.getloadavg()],
-        "kernel": platform.release(),
-        "python": platform.python_version(),
+        "cpu": found["cpu"] or host_cpu(),
+        "arch": found["machine"],
+        "cores": found["cores"],
+        "allowed_cores": found["allowed_cores"],
+        "kernel": found["kernel"],
+        "python": found["python"],
+        **state(found),
     }
+
+
+def state(found: dict[str, Any]) -> dict[str, Any]:
+    """What may change while something is measured; governor and the like where they are told."""
+    told: dict[str, Any] = {"load_average": found["load_average"]}
+    for name, key in (("governor", "governors"), ("frequency_limit_khz", "frequency_limits")):
+        if found[key]:
+            told[name] = ", ".join(sorted(set(found[key].values())))
+    if found["temperatures_c"]:
+        told["hottest_c"] = max(found["temperatures_c"].values())
+    if found["throttled"]:
+        told["throttled"] = found["throttled"]
+    return told
+
+
+def unsteady(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """Why times taken between two looks cannot be trusted; None where nothing speaks against it."""
+    for key, what in (
+        ("governors", "the CPU's governor"),
+        ("frequency_limits", "the CPU's frequency limit"),
+        ("throttled", "the CPU's count of throttling"),
+    ):
+        for part in sorted({*before[key], *after[key]}):
+            was, now = (table[key].get(part, "none") for table in (before, after))
+            if was != now:
+                return f"{what} changed from {was} to {now} ({part}) during the measurement"
+    word = after["throttled"].get("firmware", "0").removeprefix("throttled=")
+    try:
+        throttled = int(word, 16) & THROTTLED_NOW
+    except ValueError:
+        return None
+    return f"the firmware holds the CPU back ({word})" if throttled else None

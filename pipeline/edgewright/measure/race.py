@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.data import Feed
-from edgewright.errors import BadInput, EnvironmentMissing
+from edgewright.errors import BadInput, DeviceUnavailable, EnvironmentMissing
 from edgewright.runtime.launch import session_options
 from edgewright.runtime.session import Launch, Session
 from edgewright.target import Target
@@ -63,9 +63,14 @@ class CandidateFailed(BadInput):
 
 @contextmanager
 def blame(side: str) -> Iterator[None]:
-    """Turn what the candidate's process raises into CandidateFailed; leave the original's."""
+    """Turn what the candidate's process raises into CandidateFailed; leave the original's.
+
+    A device or a link that fails says nothing about the model in it.
+    """
     try:
         yield
+    except DeviceUnavailable:
+        raise
     except (BadInput, EnvironmentMissing) as error:
         if side == ORIGINAL:
             raise

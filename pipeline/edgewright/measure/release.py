@@ -37,6 +37,7 @@ from edgewright.measure.placement import profile_nodes
 from edgewright.measure.race import CANDIDATE, ORIGINAL, CandidateFailed, Pace, run_launch
 from edgewright.model import input_specs, load
 from edgewright.runtime.launch import launch_for
+from edgewright.runtime.ssh.link import held
 from edgewright.stage import Job, Report, Tell
 from edgewright.target import Target
 
@@ -78,12 +79,13 @@ def compare(
     with the baseline or the machine.
     """
     launch = launch_for(target)
-    if target.run.how == "emulate":
-        return emulated(candidate, baseline, feeds, target, launch, tell)
-    with host.exclusive(tell):
-        before, steal = host.facts(), host.steal_ticks()
+    if target.emulated:
+        with held(target):
+            return emulated(candidate, baseline, feeds, target, launch, tell)
+    with held(target) if target.run.how == "ssh" else host.exclusive(tell):
+        before = host.look(target)
         begin = time.monotonic()
-        threads, allowed = target.runtime.threads, before["allowed_cores"]
+        threads, allowed = target.runtime.threads, host.usable_cores(target, before)
         on_cpu = target.runtime.provider == "CPUExecutionProvider"
         cores = host.core_sets(allowed, threads if on_cpu else len(allowed))
         models = {CANDIDATE: candidate, ORIGINAL: baseline}
@@ -108,7 +110,10 @@ def compare(
             tell("profiling", 0, 0)
             slowest = max(heat["start"][CANDIDATE]["latency_s"] for heat in heats)
             where = profile_nodes(candidate, target, launch, feeds, profile_runs(slowest))
-    noise = summary.noise(heats, host.steal_ticks() - steal)
+        after = host.look(target)
+    noise = summary.noise(heats, after["steal_ticks"] - before["steal_ticks"])
+    if (unsteady := host.unsteady(before, after)) is not None:
+        notes.append(summary.note("warning", unsteady))
     return {
         "notes": notes,
         "emulated": False,
@@ -119,9 +124,10 @@ def compare(
         "placement": where,
         "placement_reason": None if where else "the race had decided before",
         "noise": noise,
+        "unsteady": unsteady,
         "host": {
-            **before,
-            "load_average_after": host.facts()["load_average"],
+            **host.facts(before),
+            "after": host.state(after),
             "threads": threads,
             "feeds": len(feeds),
         },

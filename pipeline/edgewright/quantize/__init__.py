@@ -217,7 +217,8 @@ def who_decides(job: Job) -> Report:
     elif not settings.measure:
         reason = "the recipe says measure = false: rules alone decide"
     elif job.target.run.how != "local":
-        reason = f"target {job.target.name} does not run here: emulated time is no time"
+        why = "emulated time is no time" if job.target.emulated else "its clock is far away"
+        reason = f"target {job.target.name} does not run here: {why}"
     return {"clock": not reason, "reason": reason, "regions": []}
 
 

@@ -12,10 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgewright.errors import EdgewrightError, EnvironmentMissing
+from edgewright.errors import EdgewrightError, EnvironmentMissing, IntegrityError
 from edgewright.runtime import emulator
 from edgewright.runtime.guest import ORT_PACKAGES
 from edgewright.runtime.launch import host_cpu, host_isa, launch_for
+from edgewright.runtime.ssh import link
 from edgewright.target import Target, load_target, target_names
 
 # What decides which int8 kernels run, by the kernel's names for it.
@@ -52,7 +53,10 @@ def check(target: Target) -> dict[str, Any]:
     """Whether one target runs here, and if not, why and what to do."""
     try:
         launch_for(target)
-        need_provider(target.runtime.provider)
+        need_provider(target)
+        reason = over_ssh(target) if target.run.how == "ssh" else how_it_runs(target)
+    except IntegrityError:
+        raise  # another device in its place is no matter of readiness
     except EdgewrightError as error:
         reason, _, hint = str(error).partition(" Next: ")
         return {
@@ -61,7 +65,19 @@ def check(target: Target) -> dict[str, Any]:
             "reason": reason.removesuffix("."),
             "next": hint.removesuffix("."),
         }
-    return {"target": target.name, "ready": True, "reason": how_it_runs(target), "next": ""}
+    return {"target": target.name, "ready": True, "reason": reason, "next": ""}
+
+
+def over_ssh(target: Target) -> str:
+    """In words, for a device behind SSH that was asked and is ready."""
+    found = link.probe(target)
+    provider = target.runtime.provider.removesuffix("ExecutionProvider")
+    emulated = ", emulated" if target.run.emulated else ""
+    return (
+        f"{provider}, over SSH: {found['machine']}{emulated}, {found['cpu'] or 'unknown CPU'}, "
+        f"{found['cores']} cores, python {found['python']}, onnxruntime {found['onnxruntime']}, "
+        f"{found['free_bytes'] / 2**30:.1f} GiB free"
+    )
 
 
 def how_it_runs(target: Target) -> str:
@@ -74,9 +90,13 @@ def how_it_runs(target: Target) -> str:
     return f"{provider}, natively"
 
 
-def need_provider(provider: str) -> None:
-    """EnvironmentMissing unless the installed onnxruntime has the provider and its driver."""
-    if provider == "CPUExecutionProvider":
+def need_provider(target: Target) -> None:
+    """EnvironmentMissing unless the installed onnxruntime has the provider and its driver.
+
+    A device behind SSH has its own onnxruntime, which refuses a model by itself.
+    """
+    provider = target.runtime.provider
+    if provider == "CPUExecutionProvider" or target.run.how == "ssh":
         return
     available = available_providers()
     if provider not in available:

@@ -8,6 +8,7 @@ from edgewright.errors import EnvironmentMissing
 from edgewright.runtime import emulator
 from edgewright.runtime.cpu import host_isa
 from edgewright.runtime.session import Launch, Session
+from edgewright.runtime.ssh import link
 from edgewright.target import Target
 
 
@@ -25,11 +26,7 @@ def host_cpu() -> str:
 def launch_for(target: Target) -> Launch:
     """The launch of a target's processes; EnvironmentMissing says what this machine lacks."""
     if target.run.how == "ssh":
-        raise EnvironmentMissing(
-            f"target {target.name} runs over SSH ({target.run.host})",
-            found="no SSH runner in this version",
-            hint="use a target with run.how = 'local' or 'emulate'",
-        )
+        return link.launch(target)
     if target.run.how == "emulate":
         return emulator.launch(target)
     if platform.machine() != target.device.arch:

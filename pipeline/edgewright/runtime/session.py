@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from edgewright.errors import BadInput, EdgewrightError, EnvironmentMissing
+from edgewright.errors import BadInput, EdgewrightError, EnvironmentMissing, from_wire
 from edgewright.runtime import worker
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Launch:
     """How a Python process for the target is started: command before the script, environment.
 
     `worker`: the script, as words after `python`. `address_space`: RLIMIT_AS of the child in
-    bytes, 0 where an emulator reserves more.
+    bytes, 0 where an emulator reserves more. `remote`: the child is a bridge to the process.
     """
 
     python: tuple[str, ...] = (sys.executable, "-s")
@@ -42,6 +42,7 @@ class Launch:
     env: Mapping[str, str] | None = None
     address_space: int = ADDRESS_SPACE
     time_factor: float = 1.0
+    remote: bool = False
 
 
 def plain(text: str) -> str:
@@ -111,7 +112,9 @@ class Session:
         self.timed_out = False
         self.child = child or Child(self.launch)
         self.process, self.log = self.child.process, self.child.log
-        if cores is not None:
+        if self.launch.remote:
+            options |= {"name": self.name, "cores": sorted(cores or ())}
+        elif cores is not None:
             os.sched_setaffinity(self.process.pid, cores)
         try:
             self.info = self.ask(
@@ -121,9 +124,8 @@ class Session:
         except BaseException:
             self.close()
             raise
-        self.ready_s = (
-            time.perf_counter() - self.child.begin
-        )  # from process start to a loaded model
+        # From process start to a loaded model; a remote process counts from its own start.
+        self.ready_s = self.info.get("ready_s") or time.perf_counter() - self.child.begin
 
     def ask(
         self, header: dict[str, Any], arrays: Mapping[str, "np.ndarray"] = {}, seconds: float = 0
@@ -193,7 +195,9 @@ class Session:
         )
 
     def refusal(self, error: dict[str, str]) -> EdgewrightError:
-        """The child's error as one of ours."""
+        """The child's error as one of ours; a bridge sends its own as they are."""
+        if self.launch.remote and error.get("ours"):
+            return from_wire(error)
         if error["kind"] in ("LookupError", "ModuleNotFoundError", "ImportError"):
             return EnvironmentMissing(
                 error["text"], hint="install an onnxruntime that has it, or choose another target"

@@ -85,6 +85,25 @@ def run_queue_ns():
         return 0
 
 
+def cpu_flags():
+    """The CPU's features by the kernel's names for them; empty where it does not tell."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() in ("flags", "Features"):
+                    return value.split()
+    except OSError:
+        pass
+    return []
+
+
+def since_start():
+    """Seconds since this process was started, None where whoever started it does not tell."""
+    started = os.environ.get("EDGEWRIGHT_STARTED")
+    return time.monotonic() - float(started) if started else None
+
+
 def count_elements(shapes):
     """Elements of all tensors in the profiler's list of {type: dimensions}."""
     sizes = [1 for item in shapes for _ in item.values()]
@@ -106,6 +125,8 @@ class Server:
 
     def load(self, header, _):
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see edgewright/__init__.py
+        if header.get("cores"):  # a remote process can be pinned by itself only
+            os.sched_setaffinity(0, header["cores"])
         begin = time.perf_counter()
         import onnxruntime
 
@@ -159,6 +180,8 @@ class Server:
             "rss_after_load_kib": status_kib("VmRSS"),
             "peak_after_load_kib": status_kib("VmHWM"),
             "cores": os.cpu_count(),
+            "ready_s": since_start(),
+            "flags": cpu_flags(),
         }, ()
 
     def run(self, header, arrays):

@@ -28,9 +28,9 @@ KNOWN = frozenset(
 )
 
 
-def fault(value: Any, schema: Schema) -> str:
-    """The first thing that is wrong with the value; empty where nothing is."""
-    return next(faults(value, schema, schema, "manifest"), "")
+def fault(value: Any, schema: Schema, where: str) -> str:
+    """The first thing that is wrong with the value, called `where`; empty where nothing is."""
+    return next(faults(value, schema, schema, where), "")
 
 
 def faults(value: Any, schema: Schema, root: Schema, where: str) -> Iterator[str]:

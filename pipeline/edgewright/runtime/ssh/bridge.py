@@ -1,0 +1,286 @@
+"""The process between a session here and the worker on a device.
+
+Started as `python -m edgewright.runtime.ssh.bridge PROFILE ADDRESS_SPACE`, with the profile's name
+and its [run] table as JSON. On its pipes it speaks the worker's own protocol, so a session cannot
+tell it from a worker; `load` pushes the model first. Two requests more are for whoever looks
+after the device: `facts`, and `command` to run one there.
+
+A link that drops is opened again, and what was lost is asked again where that gives the same
+answer. Measurements do not: the process that was warm is gone.
+"""
+
+import asyncio
+import io
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from edgewright.errors import (
+    DeviceUnavailable,
+    EdgewrightError,
+    EnvironmentMissing,
+    to_wire,
+)
+from edgewright.runtime import worker
+from edgewright.runtime.ssh import answers
+from edgewright.runtime.ssh.agent import CHUNK
+from edgewright.runtime.ssh.channel import Channel, Lost
+from edgewright.sidecars import external_data
+from edgewright.target import RunSettings
+
+REPEATABLE = ("load", "run", "feeds", "profile", "spin", "facts")
+PAUSE_S, PAUSE_MAX_S = 0.5, 5.0  # before a dropped link is opened again: the first, the longest
+
+
+class Bridge:
+    """The worker on a device, through whatever link there is at the time."""
+
+    def __init__(self, name: str, run: RunSettings, address_space: int) -> None:
+        self.name, self.run, self.address_space = name, run, address_space
+        self.device = f"device {name} ({run.host})"
+        self.model = "the model"
+        self.session: list[tuple[dict[str, Any], bytes]] = []  # load and feeds, to be told again
+        self.link: Channel | None = None
+        self.started = False  # the worker
+        self.output = bytearray()  # of the worker, not yet looked at
+
+    async def answer(self, header: dict[str, Any], arrays: bytes) -> tuple[dict[str, Any], bytes]:
+        """The answer to a request, with its arrays as they are on the wire."""
+        deadline, pause = 0.0, PAUSE_S
+        while True:
+            try:
+                if self.link is None:
+                    await self.open(retry=deadline > 0)
+                answer = await self.perform(header, arrays)
+            except Lost as why:
+                self.drop()
+                if header["op"] not in REPEATABLE:
+                    raise self.link_lost(str(why), measuring=True) from None
+                deadline = deadline or time.monotonic() + self.run.reconnect_s
+                if time.monotonic() + pause > deadline:
+                    raise self.link_lost(str(why), measuring=False) from None
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, PAUSE_MAX_S)
+            except DeviceUnavailable:
+                self.drop()
+                raise
+            else:
+                self.remember(header, arrays)
+                return answer
+
+    async def open(self, retry: bool) -> None:
+        """Open a link and bring the worker to where it was; what fails on a retry is Lost."""
+        self.link = Channel(self.name, self.run)
+        try:
+            await self.link.open()
+        except DeviceUnavailable as error:
+            if retry:
+                raise Lost(str(error)) from None
+            raise
+        for earlier in self.session:
+            await self.perform(*earlier)
+
+    def remember(self, header: dict[str, Any], arrays: bytes) -> None:
+        """Keep what another process on the device must be told first."""
+        if header["op"] == "load":
+            again = {k: v for k, v in header.items() if k != "optimized"}
+            self.session = [(again, arrays)]
+        elif header["op"] == "feeds":
+            kept = self.session[:1] if header.get("first") else self.session
+            self.session = [*kept, (header, arrays)]
+
+    def drop(self) -> None:
+        """Cut the link; the next request opens another."""
+        if self.link is not None:
+            self.link.drop()
+        self.link, self.started = None, False
+        self.output.clear()
+
+    async def perform(self, header: dict[str, Any], arrays: bytes) -> tuple[dict[str, Any], bytes]:
+        """Do one request over the open link."""
+        assert self.link is not None
+        match header["op"]:
+            case "facts":
+                return {"facts": (await self.link.ask({"op": "facts"}))[0]}, b""
+            case "command":
+                return await self.command(self.link, header), b""
+            case "load":
+                return await self.load(self.link, header)
+            case _:
+                return await self.exchange(self.link, header, arrays)
+
+    async def load(self, link: Channel, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """Push the model, start the worker, let it load; fetch the optimised model if asked."""
+        self.model = header.get("name", self.model)
+        path = Path(header["model"])
+        files = [path, *external_data(path)]
+        folder = await link.push({p.relative_to(path.parent).as_posix(): p for p in files})
+        program = await link.push({"worker.py": Path(worker.__file__)})
+        if not self.started:
+            words = [*shlex.split(self.run.python), f"{program}/worker.py", str(self.address_space)]
+            env = {
+                "PYTHONHASHSEED": "0",
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            }
+            await link.ask({"op": "start", "words": words, "env": env})
+            self.started = True
+        optimized = header.get("optimized")
+        there = {**header, "model": f"{folder}/{path.name}"}
+        there["cores"] = header.get("cores") or list(self.run.pin)
+        for key in ("optimized", "profile"):
+            if there.get(key):
+                there[key] = Path(there[key]).name
+        answer = await self.exchange(link, there, b"")
+        if optimized and "error" not in answer[0]:
+            most = 2 * path.stat().st_size + (64 << 20)
+            found, data = await link.ask({"op": "get", "name": Path(optimized).name, "most": most})
+            if found["found"]:
+                Path(optimized).write_bytes(data)
+        return answer
+
+    async def command(self, link: Channel, header: dict[str, Any]) -> dict[str, Any]:
+        """Run a command on the device with files of ours; "@/NAME" in its words is such a file."""
+        files = {name: Path(path) for name, path in header["files"].items()}
+        folder = await link.push(files) if files else ""
+        words = [
+            *shlex.split(self.run.python),
+            *(f"{folder}{w[1:]}" if w.startswith("@/") else w for w in header["words"]),
+        ]
+        await link.ask({"op": "start", "words": words, "env": {}, "capture": True})
+        found, out = await link.next_message()
+        if found["op"] != "exit":
+            raise answers.odd(link.device, f"'{found['op']}' in place of a command's end")
+        if found["why"] == "late":
+            raise self.death(found)
+        said = answers.printable(found["said"])
+        return {"status": found["status"], "out": out.decode("utf-8", "replace"), "said": said}
+
+    async def exchange(
+        self, link: Channel, header: dict[str, Any], arrays: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        """Pass a request on to the worker; its answer, checked."""
+        if not self.started:
+            raise DeviceUnavailable(f"{link.device} has no model loaded")
+        words = json.dumps(header).encode()
+        request = len(words).to_bytes(8, "big") + words + arrays
+        for begin in range(0, len(request), CHUNK):
+            await link.send({"op": "data"}, request[begin : begin + CHUNK])
+        where = f"{link.device}, asked to {header['op']},"
+        size = int.from_bytes(await self.from_worker(link, 8), "big")
+        if size > answers.HEADER_MAX:
+            raise answers.odd(where, f"an answer of {size} bytes")
+        try:
+            answer = json.loads(
+                await self.from_worker(link, size), parse_constant=answers.no_number
+            )
+            rows = answer.pop("arrays", [])
+        except (ValueError, AttributeError, TypeError):
+            raise answers.odd(where, "no JSON object") from None
+        data = await self.from_worker(link, answers.array_bytes(rows, where))
+        await link.send({"op": "idle"})
+        schema = answers.ERROR if "error" in answer else answers.WORKER[header["op"]]
+        answer = answers.check(answer, schema, where)
+        if "error" in answer:
+            told = answers.check(answer["error"], schema["properties"]["error"], where)
+            answer = {"error": {k: answers.printable(v) for k, v in told.items()}}
+        return {**answer, "arrays": rows}, data
+
+    async def from_worker(self, link: Channel, count: int) -> bytes:
+        """The next bytes of the worker's output, waiting for them."""
+        while len(self.output) < count:
+            header, data = await link.next_message()
+            if header["op"] == "exit":
+                self.started = False
+                raise self.death(header)
+            if header["op"] != "data":
+                raise answers.odd(link.device, f"'{header['op']}' in place of the worker's words")
+            self.output += data
+        found = bytes(self.output[:count])
+        del self.output[:count]
+        return found
+
+    def link_lost(self, why: str, measuring: bool) -> DeviceUnavailable:
+        """The link dropped, for good or while something was under way that cannot be repeated."""
+        return DeviceUnavailable(
+            f"the link to {self.device} was lost" + (" during a measurement" if measuring else ""),
+            found=why or "no reason given",
+            hint="start again; finished stages are kept"
+            if measuring
+            else "check the network and the device, then start again; finished stages are kept",
+        )
+
+    def death(self, found: dict[str, Any]) -> EdgewrightError:
+        """Why the process on the device no longer answers."""
+        status, said = found["status"], answers.printable(found["said"])[-400:]
+        what = f"the process running {self.model} on {self.device}"
+        if found["why"] == "late":
+            return DeviceUnavailable(
+                f"{what} took more than {self.run.limit_s:g} s and was stopped",
+                hint="check the model for loops that do not end, or raise run.limit_s",
+            )
+        number = -status if status < 0 else status - 128 if status > 128 else 0
+        if number == signal.SIGKILL:
+            return EnvironmentMissing(
+                f"{what} was killed",
+                found="SIGKILL, as the system does when memory runs out",
+                hint="free memory there or use a smaller input",
+            )
+        if number in list(signal.Signals):
+            return EnvironmentMissing(
+                f"{what} died of {signal.Signals(number).name}",
+                found=said or "no message",
+                hint="the target profile may promise instructions that the CPU lacks; see "
+                "`edgewright doctor --target`",
+            )
+        return EnvironmentMissing(
+            f"{what} ended with status {status}",
+            found=said or "no message",
+            hint="see `edgewright doctor --target`",
+        )
+
+
+async def serve(source: BinaryIO, sink: BinaryIO, bridge: Bridge) -> None:
+    """Answer the session's requests until it hangs up."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            # Waits in a thread of its own, so that signs of life go on meanwhile.
+            header, arrays = await loop.run_in_executor(None, worker.receive, source)
+        except EOFError:
+            break
+        if header["op"] == "quit":
+            break
+        passed = io.BytesIO()
+        for array in arrays.values():
+            passed.write(array.tobytes())
+        try:
+            answer, data = await bridge.answer(header, passed.getvalue())
+        except EdgewrightError as error:
+            answer, data = {"error": {**to_wire(error), "ours": True}}, b""
+        words = json.dumps(answer).encode()
+        sink.write(len(words).to_bytes(8, "big") + words + data)
+        sink.flush()
+    if bridge.link is not None:
+        await bridge.link.close()
+
+
+def main() -> None:
+    """Serve a session on the standard pipes."""
+    worker.die_with_parent()
+    settings = json.loads(sys.argv[1])
+    run = RunSettings(**{**settings["run"], "pin": tuple(settings["run"]["pin"])})
+    bridge = Bridge(settings["name"], run, int(sys.argv[2]))
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    asyncio.run(serve(sys.stdin.buffer, sink, bridge))
+
+
+if __name__ == "__main__":
+    main()
