@@ -44,6 +44,12 @@ def open_baseline(bundle: Path, recipe: Recipe, target: Target, folder: Path) ->
             found=f"one of {found[0]} for {found[1]}",
             hint="name the bundle of an earlier release of this very model and target",
         )
+    if "pool" in manifest:
+        raise BadInput(
+            f"baseline {bundle} holds several models",
+            expected="the bundle of one",
+            hint="name the earlier bundle of this model alone",
+        )
     model = manifest["model"]
     facts = {"version": manifest["version"], "model_sha256": model["sha256"]}
     return Baseline(folder / model["path"], facts)

@@ -99,6 +99,7 @@ def explain(bundle: Path, trust: Trust | None) -> Json:
         "gate": parts.get(manifest.GATE_REPORT),
         "evidence": parts.get(manifest.BENCHMARK),
         "model": facts["model"],
+        "pool": facts.get("pool"),
         "needs": {
             "device": facts["device"],
             "compatible": facts["compatible"],
@@ -121,7 +122,15 @@ def lines(found: Json) -> list[tuple[str, str]]:
         out.append((f"from {source['use']}", f"{source['name']}, sha256 {source['sha256']}"))
     for stage in found["built_from"]["stages"]:
         out.append((f"after {stage['stage']}", f"sha256 {stage['sha256']}"))
-    out.append(("model", f"{model['bytes']} bytes, sha256 {model['sha256']}"))
+    if found["pool"]:
+        for one in found["pool"]["models"]:
+            size = f"{one['model']['bytes']} bytes, sha256 {one['model']['sha256']}"
+            out.append(("model", f"{one['name']} {one['version']}: {size}"))
+        weights = next(f for f in found["contents"] if f["path"] == found["pool"]["weights"])
+        text = f"{weights['size']} bytes, sha256 {weights['sha256']}, of all models"
+        out.append(("weights", text))
+    else:
+        out.append(("model", f"{model['bytes']} bytes, sha256 {model['sha256']}"))
     if quantization := model["quantization"]:
         scheme = f"{quantization['int8_nodes']} nodes int8, {quantization['float_nodes']} float"
         out.append(("int8", scheme))

@@ -2,11 +2,12 @@
 
 Variants of a model and networks with a common trunk hold the same tensors. Here each model keeps
 its graph and its small tensors; what is large lies in `weights.bin`, every content once, and is
-named by place and length, as ONNX keeps external data. `runtime.pooled` opens such a folder so
-that the tensors are in memory once, too.
+named by place and length, as ONNX keeps external data. `weights.json` says the same where no ONNX
+library is, so that the tensors can be in memory once, too: see `runtime.pooled`.
 """
 
 import hashlib
+import json
 from typing import Any
 
 import onnx
@@ -15,13 +16,15 @@ from edgewright import model as graph
 from edgewright.files import write_atomic
 from edgewright.stage import Job, Report
 
-WEIGHTS = "weights.bin"
+WEIGHTS, PLACES = "weights.bin", "weights.json"
+# The element types that a device can take from the file as they lie there.
+WHOLE_BYTES = ("FLOAT", "UINT8", "INT8", "UINT16", "INT16", "INT32", "INT64", "FLOAT16", "DOUBLE")
 LEAST = 1024  # bytes: a smaller tensor stays in its model, its place costs as much to name
 ALIGN = 64  # bytes: a cache line, and enough for every element type
 
 
 def run(job: Job) -> Report:
-    """Write `NAME.onnx` for each of the job's models and `weights.bin` into its folder.
+    """Write `NAME.onnx` for each of the job's models and the weights' files into its folder.
 
     Report: bytes of the separate files and of the pool, and per model how much of it others
     hold as well.
@@ -32,6 +35,9 @@ def run(job: Job) -> Report:
         job.tell(f"pooling {name}")
         pooled[name] = put_in(store, name, graph.load(path))
     write_atomic(job.folder / WEIGHTS, bytes(store.data))
+    table = {name: places(model) for name, model in pooled.items()}
+    text = json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    write_atomic(job.folder / PLACES, text.encode())
     for name, model in pooled.items():
         graph.save(model, job.folder / f"{name}.onnx")
     separate = sum(path.stat().st_size for path in job.models.values())
@@ -97,3 +103,15 @@ def put_in(store: Store, name: str, model: onnx.ModelProto) -> onnx.ModelProto:
         for key, value in (("location", WEIGHTS), ("offset", offset), ("length", len(content))):
             tensor.external_data.add(key=key, value=str(value))
     return copy
+
+
+def places(model: onnx.ModelProto) -> dict[str, list[Any]]:
+    """Of each tensor in the store: NumPy's name of its type, its shape, its offset in bytes."""
+    found = {}
+    for tensor in model.graph.initializer:
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and kind in WHOLE_BYTES:
+            offset = next(int(e.value) for e in tensor.external_data if e.key == "offset")
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            found[tensor.name] = [dtype.name, list(tensor.dims), offset]
+    return found

@@ -31,7 +31,7 @@ LAYERS = [
     {"device", "report"},
     {"baseline", "delta", "signing", "signatures", "oms", "explain"},
     {"build"},
-    {"console", "rebuild", "release"},
+    {"console", "rebuild", "release", "pooling"},
     {"cli"},
     {"__main__"},
 ]

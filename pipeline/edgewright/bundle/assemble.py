@@ -82,18 +82,9 @@ def run(job: Job) -> Report:
     files[manifest.PROVENANCE] = provenance.statement(
         job.recipe, job.target, list(entries.values()), sources, job.reports
     )
-    entries[manifest.PROVENANCE] = entry(manifest.PROVENANCE, files[manifest.PROVENANCE])
-    refuse_keys(files)
-    rows = [entries[name] for name in sorted(entries)]
-    text = manifest.dump({**facts, "files": rows})
-    members: list[tuple[tarball.Member, bytes | Path, str]] = []
-    for row in (entry(manifest.PATH, text), *rows):
-        member = tarball.Member(row["path"], row["size"], MODE, time_stamp)
-        source = text if row["path"] == manifest.PATH else files[row["path"]]
-        members.append((member, source, row["sha256"]))
     settings = job.recipe.model
     out = job.folder / f"{settings.name}-{settings.version}-{job.target.name}.bundle.tar"
-    digest = tarball.write(out, members)
+    digest, rows = archive(out, facts, files)
     sent = None
     if job.recipe.share is not None and job.recipe.share.compress:
         job.tell("compressing the bundle")
@@ -108,6 +99,21 @@ def run(job: Job) -> Report:
         "golden": {"count": len(proof.feeds), "tolerances": proof.tolerances},
         "notes": remarks(job, proof),
     }
+
+
+def archive(
+    out: Path, facts: manifest.Manifest, files: dict[str, bytes | Path]
+) -> tuple[str, list[dict[str, Any]]]:
+    """Write the bundle of these facts and files; its SHA-256 and the manifest's list of files."""
+    refuse_keys(files)
+    rows = [entry(name, source) for name, source in sorted(files.items())]
+    text = manifest.dump({**facts, "files": rows})
+    members: list[tuple[tarball.Member, bytes | Path, str]] = []
+    for row in (entry(manifest.PATH, text), *rows):
+        member = tarball.Member(row["path"], row["size"], MODE, facts["source_date_epoch"])
+        source = text if row["path"] == manifest.PATH else files[row["path"]]
+        members.append((member, source, row["sha256"]))
+    return tarball.write(out, members), rows
 
 
 def entry(path: str, source: bytes | Path) -> dict[str, Any]:
@@ -278,7 +284,12 @@ def operators(model: onnx.ModelProto) -> dict[str, list[str]]:
 
 def operators_config(model: onnx.ModelProto) -> bytes:
     """ONNX Runtime's format for a reduced build: `domain;version;operator,operator` lines."""
-    lines = [f"{key.replace(':', ';')};{','.join(ops)}" for key, ops in operators(model).items()]
+    return operators_text(operators(model))
+
+
+def operators_text(table: dict[str, list[str]]) -> bytes:
+    """`operators` of one or of several models in that format."""
+    lines = [f"{key.replace(':', ';')};{','.join(ops)}" for key, ops in table.items()]
     return ("\n".join(lines) + "\n").encode()
 
 

@@ -66,6 +66,50 @@ def bom(
             {"ref": "model", "dependsOn": [part["bom-ref"] for part in (*libraries, *data)]}
         ],
     }
+    return sealed(document, facts)
+
+
+def merged(facts: manifest.Manifest, names: Sequence[str], documents: Sequence[Json]) -> bytes:
+    """The document of a bundle of several models, of theirs: libraries once, all else by name."""
+    models, parts, dependencies = [], {}, []
+    for name, document in zip(names, documents, strict=True):
+        model = document["metadata"]["component"]
+
+        def renamed(ref: str, name: str = name) -> str:
+            return ref if ref.startswith("pkg:") else f"{name}:{ref}"
+
+        for part in document["components"]:
+            parts[renamed(part["bom-ref"])] = {**part, "bom-ref": renamed(part["bom-ref"])}
+        given = model["modelCard"]["modelParameters"]
+        datasets = [{"ref": renamed(row["ref"])} for row in given["datasets"]]
+        card_ = {**model["modelCard"], "modelParameters": {**given, "datasets": datasets}}
+        models.append({**model, "bom-ref": renamed("model"), "modelCard": card_})
+        dependencies += [
+            {"ref": renamed(row["ref"]), "dependsOn": [renamed(one) for one in row["dependsOn"]]}
+            for row in document["dependencies"]
+        ]
+    whole = {
+        "type": "application",
+        "bom-ref": "bundle",
+        "name": facts["name"],
+        "version": facts["version"],
+        "properties": properties(
+            {"target": facts["target"], "gate": (facts["gate"] or {}).get("verdict", "none")}
+        ),
+    }
+    holds = {"ref": "bundle", "dependsOn": [model["bom-ref"] for model in models]}
+    first = documents[0]
+    document = {key: first[key] for key in ("bomFormat", "specVersion", "version")}
+    document |= {
+        "metadata": {"tools": first["metadata"]["tools"], "component": whole},
+        "components": [*models, *parts.values()],
+        "dependencies": [holds, *dependencies],
+    }
+    return sealed(document, facts)
+
+
+def sealed(document: Json, facts: manifest.Manifest) -> bytes:
+    """The document's bytes, with its time and a serial number that follows from its content."""
     if facts["source_date_epoch"]:
         moment = time.gmtime(facts["source_date_epoch"])
         document["metadata"]["timestamp"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)

@@ -26,6 +26,8 @@ PATH = "manifest.json"
 MODEL = "model/model.onnx"
 GOLDEN_INPUTS = "model/golden/in.npz"
 GOLDEN_OUTPUTS = "model/golden/out.npz"
+WEIGHTS = "model/weights.bin"  # in a bundle of several models: what they have in common
+PLACES = "model/weights.json"
 LOCK = "runtime/lock.txt"
 OPERATORS = "runtime/required_operators.config"
 GATE_REPORT = "report/gate.json"
@@ -184,15 +186,33 @@ def files_fault(manifest: Manifest) -> str:
         return f"files: {fault}"
     if paths != sorted(paths):
         return "files: not sorted by path"
-    model, golden, gate = manifest["model"], manifest["golden"], manifest["gate"]
-    named = [model["path"], golden["inputs"], golden["outputs"]]
-    if gate is not None:
-        named.append(gate["report"])
+    gate, pool = manifest["gate"], manifest.get("pool")
+    named = [gate["report"]] if gate is not None else []
+    parts = [manifest]
+    if pool is not None:
+        parts = pool["models"]
+        if any(parts[0][key] != manifest[key] for key in ("model", "golden", "limits")):
+            return "pool: its first model is not the one that the manifest speaks of"
+        if len({part["name"].lower() for part in parts}) != len(parts):
+            return "pool: two models have one name"
+        named += [pool["weights"], pool["places"]]
+    for part in parts:
+        named += [part["model"]["path"], part["golden"]["inputs"], part["golden"]["outputs"]]
     for path in named:
         if path not in files:
             return f"files: {path!r} is used but not listed"
     if len(set(named)) != len(named):
         return "files: one file has two uses"
+    for part in parts:
+        if fault := model_fault(part["model"], part["golden"], files):
+            return fault
+    if manifest["runtime"]["threads"] > manifest["limits"]["max_threads"]:
+        return "runtime: more threads than the limits allow"
+    return ""
+
+
+def model_fault(model: Manifest, golden: Manifest, files: dict[str, Manifest]) -> str:
+    """What is wrong between a model, its golden vectors and the list of files."""
     entry = files[model["path"]]
     if (entry["sha256"], entry["size"]) != (model["sha256"], model["bytes"]):
         return "model: digest or size differs from the list of files"
@@ -202,6 +222,4 @@ def files_fault(manifest: Manifest) -> str:
         names = [value["name"] for value in model[key]]
         if len(set(names)) != len(names):
             return f"model: two {key} have one name"
-    if manifest["runtime"]["threads"] > manifest["limits"]["max_threads"]:
-        return "runtime: more threads than the limits allow"
     return ""

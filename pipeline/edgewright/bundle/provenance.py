@@ -14,6 +14,7 @@ from edgewright.stage import Report
 from edgewright.target import Target
 
 Json = dict[str, Any]
+Source = tuple[str, str, str]  # use, file name, SHA-256
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:edgewright:build:1"
@@ -25,10 +26,33 @@ def statement(
     recipe: Recipe,
     target: Target,
     files: Sequence[Json],
-    sources: Sequence[tuple[str, str, str]],
+    sources: Sequence[Source],
     reports: dict[str, Report],
 ) -> bytes:
-    """The statement over `files` (rows of the manifest). `sources`: use, file name, SHA-256."""
+    """The statement over `files` (rows of the manifest) that a recipe's build made."""
+    return document(
+        files,
+        build_type=BUILD_TYPE,
+        external={"recipe": recipe.raw, "target": target.raw},
+        sources=sources,
+        versions={"code": keys.code_digest(), **keys.versions(recipe)},
+        byproducts=[
+            {**descriptor("model.onnx", sha256), "annotations": {"stage": stage}}
+            for stage, sha256 in made(reports)
+        ],
+    )
+
+
+def document(
+    files: Sequence[Json],
+    *,
+    build_type: str,
+    external: Json,
+    sources: Sequence[Source],
+    versions: dict[str, str],
+    byproducts: Sequence[Json] = (),
+) -> bytes:
+    """The in-toto statement: `files` were built of `sources` by this package."""
     return manifest.canonical(
         {
             "_type": STATEMENT,
@@ -36,8 +60,8 @@ def statement(
             "predicateType": PREDICATE,
             "predicate": {
                 "buildDefinition": {
-                    "buildType": BUILD_TYPE,
-                    "externalParameters": {"recipe": recipe.raw, "target": target.raw},
+                    "buildType": build_type,
+                    "externalParameters": external,
                     "internalParameters": {"level": LEVEL},
                     "resolvedDependencies": [
                         {**descriptor(name, sha256), "annotations": {"use": use}}
@@ -45,11 +69,8 @@ def statement(
                     ],
                 },
                 "runDetails": {
-                    "builder": {"id": BUILDER, "version": builder(recipe)},
-                    "byproducts": [
-                        {**descriptor("model.onnx", sha256), "annotations": {"stage": stage}}
-                        for stage, sha256 in made(reports)
-                    ],
+                    "builder": {"id": BUILDER, "version": {"edgewright": __version__, **versions}},
+                    "byproducts": list(byproducts),
                 },
             },
         }
@@ -58,11 +79,6 @@ def statement(
 
 def descriptor(name: str, sha256: str) -> Json:
     return {"name": name, "digest": {"sha256": sha256}}
-
-
-def builder(recipe: Recipe) -> dict[str, str]:
-    """Versions of all that computed, and the digest of this package's own code."""
-    return {"edgewright": __version__, "code": keys.code_digest(), **keys.versions(recipe)}
 
 
 def made(reports: dict[str, Report]) -> list[tuple[str, str]]:

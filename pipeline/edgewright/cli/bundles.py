@@ -14,6 +14,7 @@ from edgewright.errors import BadInput, IntegrityError, UsageError
 from edgewright.recipe import Recipe, load_recipe
 from edgewright.target import Target, load_target
 
+BUNDLE = ".bundle.tar"
 SIGN_ANYWAY = "bundle without --sign, then: edgewright sign BUNDLE --any-verdict --key KEY"
 
 
@@ -196,34 +197,53 @@ def delta(old: Path, new: Path, output: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("models", metavar="MODEL...", type=PATH, nargs=-1, required=True)
-@click.option("-o", "--output", type=PATH, required=True, help="A new folder to write.")
-@options("json")
-def pool(models: tuple[Path, ...], output: Path, as_json: bool) -> None:
+@click.option("-o", "--output", type=PATH, required=True, help="A new folder, or a bundle.")
+@click.option(
+    "--name", help="Of bundles: what all together are called. Default: the output's name."
+)
+@click.option("--version", default="1", show_default=True, help="Of bundles: of all together.")
+@click.option("--sequence", type=int, help="Of bundles. Default: the sum of theirs.")
+@click.option("--target", "target_name", help="Of bundles: the profile, where it is your own.")
+@options("sign", "json")
+def pool(
+    models: tuple[Path, ...],
+    output: Path,
+    name: str | None,
+    version: str,
+    sequence: int | None,
+    target_name: str | None,
+    key_names: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Store the tensors that several MODELs have in common once.
 
-    The folder holds each model and weights.bin, which all of them read.
+    Of ONNX files: a folder with each model and weights.bin, which all of them read. Of bundles:
+    one bundle that is signed, installed and proven like any other.
 
     \b
     edgewright pool keyword.onnx speaker.onnx -o pool
+    edgewright pool keyword.bundle.tar speaker.bundle.tar -o voice.bundle.tar --sign release
     """
-    from edgewright.build import pool as pooled
-    from edgewright.console import watching
-
-    named = {path.stem: path for path in models}
-    if len(named) < len(models) or len(models) < 2:
-        raise UsageError(
-            "pool", expected="two models or more with different names", found=f"{len(models)}"
-        )
+    if len(models) < 2:
+        raise UsageError("pool", expected="two models or more", found=f"{len(models)}")
     for path in models:
         if not path.exists():
             raise BadInput(f"model not found: {path}", hint="check the path")
-    if output.exists():
-        raise UsageError(f"{output} exists", expected="a new folder", hint="name another one")
     if not output.absolute().parent.is_dir():
         raise BadInput(f"no folder {output.absolute().parent}", hint="make it first")
-    target = load_target("cpu")
-    with watching(target.name) as watch:
-        report = pooled(named, target, output, watch)
+    kinds = {BUNDLE in path.name for path in (*models, output)}
+    if len(kinds) > 1:
+        raise UsageError(
+            "pool",
+            expected="models and a folder, or bundles and a bundle (NAME.bundle.tar)",
+            found=" ".join(path.name for path in (*models, output)),
+        )
+    if BUNDLE in output.name:
+        name = name or output.name.split(BUNDLE)[0]
+        facts = {"name": name, "version": version, "sequence": sequence}
+        report = bundles_pooled(models, output, target_name, key_names, facts)
+    else:
+        report = models_pooled(models, output)
     if as_json:
         emit_json(report)
         return
@@ -234,3 +254,42 @@ def pool(models: tuple[Path, ...], output: Path, as_json: bool) -> None:
         rows.append((row["model"], *(str(number) for number in numbers)))
     emit_table(rows)
     emit_table([("all together", f"{report['pooled_bytes']} bytes, {saved} fewer than apart")])
+    if "bundle" in report:
+        emit(f"{output}: {report['bytes']} bytes, apart {report['separate_bundle_bytes']}")
+
+
+def models_pooled(models: Sequence[Path], output: Path) -> Report:
+    """Pool ONNX files in a new folder."""
+    from edgewright.build import pool as pooled
+    from edgewright.console import watching
+
+    named = {path.stem: path for path in models}
+    if len(named) < len(models):
+        raise UsageError("pool", expected="models with different names")
+    if output.exists():
+        raise UsageError(f"{output} exists", expected="a new folder", hint="name another one")
+    target = load_target("cpu")
+    with watching(target.name) as watch:
+        return pooled(named, target, output, watch)
+
+
+def bundles_pooled(
+    bundles: Sequence[Path],
+    output: Path,
+    target_name: str | None,
+    key_names: Sequence[str],
+    facts: dict[str, Any],
+) -> Report:
+    """Pool bundles in a bundle, and sign it where all their gates said PASS."""
+    from edgewright.console import watching
+    from edgewright.pooling import pool_bundles
+
+    keys = signers(key_names)
+    target = load_target(target_name) if target_name else None
+    with watching(facts["name"]) as watch:
+        report = pool_bundles(bundles, target, output, watch=watch, **facts)
+    if keys:
+        from edgewright import signing
+
+        signing.sign_bundle(output, keys)
+    return report

@@ -3,6 +3,7 @@
 Needs numpy and onnxruntime beside the standard library, so the device program holds it.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,15 +34,68 @@ def prove(
     """Run the golden vectors of the verified bundle in `folder` and compare.
 
     `where`: the profile that emulates the device; None: this machine is the device. `child`: a
-    process that `launch` started before.
+    process that `launch` started before. Of several models every one is proven, opened with the
+    weights that it shares.
 
     Returns {"ok", "vectors", "max_abs", "exact", "exact_expected", "runtime", "memory",
-    "results"}. IntegrityError (exit 5) where outputs differ, EnvironmentMissing (exit 6) where
-    this machine cannot run the bundle as it must be run.
+    "results"}, and for several models "models" with these of each. IntegrityError (exit 5) where
+    outputs differ, EnvironmentMissing (exit 6) where this machine cannot run the bundle as it
+    must be run.
     """
+    pool = manifest.get("pool")
+    if pool is None:
+        return prove_one(manifest, folder, launch, where, child)
+    places = read_places(folder / pool["places"])
+    found = {}
+    for part in pool["models"]:
+        shared = {"weights": str(folder / pool["weights"]), "places": places.get(part["name"], {})}
+        one = {**manifest, **part}
+        found[part["name"]] = prove_one(one, folder, launch, where, child, shared)
+        child = None
+    peaks = [row["memory"]["peak_bytes"] for row in found.values() if row["memory"]]
+    return {
+        **found[pool["models"][0]["name"]],
+        "name": manifest["name"],
+        "version": manifest["version"],
+        "vectors": sum(row["vectors"] for row in found.values()),
+        "max_abs": max(row["max_abs"] for row in found.values()),
+        "exact": all(row["exact"] for row in found.values()),
+        "exact_expected": all(row["exact_expected"] for row in found.values()),
+        "memory": {"peak_bytes": max(peaks), "limit_bytes": None} if peaks else None,
+        "models": found,
+    }
+
+
+def read_places(path: Path) -> dict[str, Report]:
+    """Where each model's shared tensors lie; IntegrityError for anything but such a table."""
+    try:
+        table = json.loads(path.read_bytes())
+        return {
+            str(model): {
+                str(name): (str(dtype), [int(n) for n in shape], int(offset))
+                for name, (dtype, shape, offset) in rows.items()
+            }
+            for model, rows in table.items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{path.name} in the bundle", expected="places of tensors", found=ascii(str(error)[:99])
+        ) from None
+
+
+def prove_one(
+    manifest: Manifest,
+    folder: Path,
+    launch: Launch,
+    where: "Target | None",
+    child: Child | None,
+    shared: Report = {},
+) -> Report:
+    """Prove one model; `shared`: the weights' file and the places of its tensors there."""
     feeds = golden_vectors(manifest, folder, "inputs")
     outputs = golden_vectors(manifest, folder, "outputs")
-    with open_session(manifest, folder / manifest["model"]["path"], launch, child) as session:
+    path = folder / manifest["model"]["path"]
+    with open_session(manifest, path, launch, child, shared) as session:
         check_runtime(manifest, str(session.info["version"]))
         arch = manifest["device"]["arch"]
         version, flags = str(session.info["version"]), session.info.get("flags", ())
@@ -69,7 +123,7 @@ def prove(
 
 
 def open_session(
-    manifest: Manifest, model: Path, launch: Launch, child: Child | None = None
+    manifest: Manifest, model: Path, launch: Launch, child: Child | None, shared: Report
 ) -> Session:
     """A session of the bundle's model with the bundle's own settings and limits."""
     runtime, limits = manifest["runtime"], manifest["limits"]
@@ -83,6 +137,7 @@ def open_session(
         provider_options=runtime["provider_options"],
         threads=runtime["threads"],
         session=runtime["session"],
+        **shared,
     )
 
 

@@ -113,18 +113,32 @@ def count_elements(shapes):
     return sum(sizes)
 
 
+def shared_tensors(path, places):
+    """(name, value) of the tensors at {name: (dtype, shape, offset)} of a file, which is mapped."""
+    import numpy as np
+    import onnxruntime
+
+    weights = np.memmap(path, mode="r", dtype=np.uint8) if places else b""
+    for name, (dtype, shape, offset) in places.items():
+        end = offset + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if not 0 <= offset <= end <= len(weights):
+            raise ValueError(f"tensor {name!r} lies outside of the weights")
+        array = weights[offset:end].view(dtype).reshape(shape)
+        yield name, onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
 class Server:
     """State of the worker: one session, the feeds to cycle through."""
 
     def __init__(self):
         self.session = self.open_session = None
+        self.borrowed = []  # tensors that are not the session's own must outlive it
         self.feeds = []
         self.outputs = None
         self.turn = 0
         self.import_s = 0.0
 
     def load(self, header, _):
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see edgewright/__init__.py
         if header.get("cores"):  # a remote process can be pinned by itself only
             os.sched_setaffinity(0, header["cores"])
         begin = time.perf_counter()
@@ -143,6 +157,11 @@ class Server:
         options.enable_cpu_mem_arena = header.get("arena", True)
         for key, value in header.get("session", {}).items():
             options.add_session_config_entry(key, value)
+        self.borrowed = list(shared_tensors(header.get("weights"), header.get("places", {})))
+        for name, value in self.borrowed:
+            options.add_initializer(name, value)
+            # Or the session would make copies of its own, as it always does otherwise.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if header.get("optimized"):
             options.optimized_model_filepath = header["optimized"]
         if header.get("profile"):
@@ -339,6 +358,7 @@ def main():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not get between the messages
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see edgewright/__init__.py
     if sys.argv[2:] == ["early"]:
         try:
             import onnxruntime  # noqa: F401
