@@ -1,5 +1,6 @@
 # make target=NAME [recipe=PATH] [out=DIR] [baseline=BUNDLE]    build a recipe for a target
-# make test | lint | kit | bench | clean
+# make bench [against=COMMIT]                                     how fast this program is
+# make test | lint | kit | race | clean
 #
 # Python packages go into .venv, installed once per change of pyproject.toml or constraints.txt.
 
@@ -8,8 +9,9 @@ recipe   ?= examples/digits/recipe.toml
 out      ?=
 baseline ?=
 kit      ?= ../shared/kit
+against  ?=
 PYTHON   ?= python3
-export target recipe out baseline kit
+export target recipe out baseline kit against
 
 bin    := .venv/bin
 # A moved checkout needs a new editable install, so the place is part of the stamps' names.
@@ -35,7 +37,7 @@ meaning = case $$code in \
 	*) why="unexpected";; esac; \
 	[ $$code = 0 ] || echo "edgewright: exit $$code ($$why)" >&2; exit $$code
 
-.PHONY: build test lint kit bench clean distclean
+.PHONY: build test lint kit bench race clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -58,8 +60,19 @@ kit: $(base)
 	@$(bin)/edgewright setup --target "$$target"
 	@$(bin)/python bench/kit.py --kit "$$kit" --target "$$target"
 
+# How long pieces of this program take; with against=COMMIT, which of them became slower since.
+bench: $(dev)
+	@mkdir -p build/bench
+	@if [ -n "$$against" ]; then \
+		$(bin)/python bench/compare.py "$$against" --json build/bench/against.json; \
+	else \
+		$(bin)/python -m pytest bench/test_speed.py -q -o addopts= -p no:cacheprovider \
+			--benchmark-json=build/bench/speed.json \
+			--benchmark-columns=min,median,iqr,rounds --benchmark-sort=fullname; \
+	fi
+
 # The built model against its original once more, on this machine.
-bench: build
+race: build
 	@name=$$(sed -n 's/^name *= *"\([^"]*\)".*/\1/p' "$$recipe" | head -n 1); \
 	folder="$${out:-build/$$name}/$$target"; \
 	code=0; $(bin)/edgewright bench "$$folder/model.onnx" \

@@ -19,6 +19,9 @@ RUN_BY_CI = {"make target=arm", "make test", "make lint"}
 NOT_HERE = {
     "make kit": "needs the measuring kit beside the repository",
     'export PATH="$PWD/.venv/bin:$PATH"': "the tests run in that environment",
+    "make bench": "times, which no test asserts; tests/unit/test_bench_compare.py runs its parts",
+    "make bench against=HEAD": "tests/unit/test_bench_compare.py runs it",
+    "make race": "measures; `edgewright bench` is tested",
     "edgewright setup --target arm": "part of `make test` and of `make target=arm`",
 }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 from concurrent.futures import ProcessPoolExecutor
@@ -331,6 +332,7 @@ def git(folder: Path, *words: str) -> str:
     return ran.stdout.strip()
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_the_commit_and_whether_files_differ_from_it(tmp_path):
     folder, aside = tmp_path / "model", tmp_path / "model" / "verdicts.jsonl"
     folder.mkdir()
