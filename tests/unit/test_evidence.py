@@ -9,11 +9,13 @@ import xml.etree.ElementTree as ET
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import bundles
 import pytest
 from markdown_it import MarkdownIt
 from test_report import EVIL, check, full, visible
 
 from edgewright.cli.evidence import Evidence
+from edgewright.cli.stages import called
 from edgewright.errors import BadInput, UsageError
 from edgewright.report import history, html, junit, markdown, tables, trend
 
@@ -409,16 +411,16 @@ def test_hostile_lines_stay_text():
 def test_an_old_file_is_gone_before_the_work_begins(tmp_path):
     for name in ("a.md", "b.xml"):
         (tmp_path / name).write_text("old")
-    evidence = Evidence(tmp_path / "a.md", tmp_path / "b.xml", "error", None, None)
+    evidence = Evidence(tmp_path / "a.md", tmp_path / "b.xml", None, None, None)
     evidence.prepare()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_label_needs_its_history(tmp_path):
     with pytest.raises(UsageError, match="--history"):
-        Evidence(None, None, "error", None, "x").prepare()
+        Evidence(None, None, None, None, "x").prepare()
     with pytest.raises(UsageError, match="200"):
-        Evidence(None, None, "error", tmp_path / "h", "x" * 201).prepare()
+        Evidence(None, None, None, tmp_path / "h", "x" * 201).prepare()
 
 
 def test_files_of_a_run(tmp_path, monkeypatch, capsys):
@@ -437,3 +439,25 @@ def test_files_of_a_run(tmp_path, monkeypatch, capsys):
     assert "ERROR: demo 1 for arm" in names[0].read_text()
     root = checked_xml(names[1].read_bytes())
     assert [suite.get("name") for suite in root] == ["demo 1.4.0 for cpu", "demo 1 for arm"]
+
+
+@pytest.mark.parametrize(
+    "given, only_warns, tag",
+    [
+        (None, False, "error"),
+        (None, True, "skipped"),
+        ("failure", True, "failure"),
+        ("error", True, "error"),
+    ],
+)
+def test_the_policy_says_what_an_open_verdict_is(tmp_path, given, only_warns, tag):
+    report = judged("INCONCLUSIVE", check("max_latency_ratio", 1, 1, "INCONCLUSIVE", "noise"))
+    evidence = Evidence(None, tmp_path / "a.xml", given, None, None)
+    evidence.write([report], tmp_path, only_warns=only_warns)
+    found = outcomes(checked_xml((tmp_path / "a.xml").read_bytes()))
+    assert found == {"max_latency_ratio": tag}
+
+
+def test_what_is_judged_without_a_recipe_has_a_name(tmp_path):
+    assert called(tmp_path / "int8.onnx") == {"name": "int8", "version": "0"}
+    assert called(bundles.make(tmp_path)) == {"name": "tiny", "version": "1.2.3"}

@@ -21,7 +21,7 @@ class Evidence:
 
     markdown: Path | None
     junit: Path | None
-    junit_inconclusive: str
+    junit_inconclusive: str | None
     history: Path | None
     label: str | None
 
@@ -40,11 +40,13 @@ class Evidence:
         if self.history is not None or self.junit is not None:
             epoch()
 
-    def write(self, reports: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    def write(
+        self, reports: Sequence[dict[str, Any]], folder: Path, only_warns: bool = False
+    ) -> dict[str, Any]:
         """Write the files for reports of builds; the page's part on the past, by target.
 
         reports: build reports, or name, version, target and `error`. folder: the recipe's, whose
-        commit the history names.
+        commit the history names. only_warns: the policy for a verdict that stays open.
         """
         from edgewright.files import write_atomic
         from edgewright.report import history, junit, markdown, tables
@@ -69,7 +71,8 @@ class Evidence:
             text = markdown.summary(reports, entries, faults)
             write_atomic(self.markdown, text.encode())
         if self.junit is not None:
-            data = junit.xml(reports, self.junit_inconclusive, epoch() or 0)
+            open_ones = self.junit_inconclusive or ("skipped" if only_warns else "error")
+            data = junit.xml(reports, open_ones, epoch() or 0)
             write_atomic(self.junit, data)
         return past
 
@@ -92,9 +95,7 @@ def evidence_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--junit-inconclusive",
             type=click.Choice(["error", "skipped", "failure"]),
-            default="error",
-            show_default=True,
-            help="What INCONCLUSIVE is in --junit.",
+            help="What INCONCLUSIVE is in --junit. Default: error; skipped where the policy warns.",
         ),
         click.option("--junit", type=FILE, help="Write the checks as JUnit XML."),
         click.option("--markdown", type=FILE, help="Write a summary for a pull request."),

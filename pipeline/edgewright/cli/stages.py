@@ -270,12 +270,24 @@ def gate(
         reports = judge(candidate, baseline, target, recipe=recipe, pinned=golden, watch=watch)
     told = recipe or named("")
     show(told, target, reports, as_json)
-    evidence.write([as_build(told, target, reports)], recipe.folder if recipe else Path())
+    policy = settle(recipe.gate.tolerance if recipe else Tolerances(), target.tolerance)
+    only_warns = (inconclusive or policy.inconclusive) == "warn"
+    report = as_build(told, target, reports) | ({} if recipe else called(candidate))
+    evidence.write([report], recipe.folder if recipe else Path(), only_warns=only_warns)
     verdict = reports["gate"]["verdict"]
     if not as_json:
         emit(verdict)
-    policy = settle(recipe.gate.tolerance if recipe else Tolerances(), target.tolerance)
-    if verdict == "INCONCLUSIVE" and (inconclusive or policy.inconclusive) == "warn":
+    if verdict == "INCONCLUSIVE" and only_warns:
         stderr.print("warning: the verdict is INCONCLUSIVE, and the policy only warns of that")
         return 0
     return VERDICT_CODES[verdict]
+
+
+def called(candidate: Path) -> dict[str, str]:
+    """Name and version of what is judged without a recipe: its bundle's, or the file's name."""
+    from edgewright.device.verify import verified
+
+    if candidate.suffix in (".onnx", ".ort"):
+        return {"name": candidate.stem, "version": "0"}
+    manifest = verified(candidate).manifest
+    return {"name": manifest["name"], "version": manifest["version"]}
