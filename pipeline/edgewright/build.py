@@ -40,8 +40,9 @@ from edgewright.files import (
 )
 from edgewright.gate.release import decide_release
 from edgewright.recipe import Recipe, digest, parse_recipe
-from edgewright.runtime.doctor import host, need_provider
+from edgewright.runtime.doctor import host
 from edgewright.runtime.launch import launch_for
+from edgewright.runtime.providers import need_provider
 from edgewright.runtime.ssh.link import held
 from edgewright.signatures import Signed, farewell, is_still, signed_in
 from edgewright.stage import Job, Report, run_in_child

@@ -19,6 +19,7 @@ from edgewright.errors import BadInput
 from edgewright.recipe import Recipe
 from edgewright.runtime import emulator
 from edgewright.runtime.launch import host_cpu, host_isa
+from edgewright.runtime.providers import runtime_packages
 from edgewright.runtime.ssh import link
 from edgewright.sidecars import external_data
 from edgewright.target import Target
@@ -106,6 +107,7 @@ FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
         sorted(host_isa()),
         emulator_version(target),
         link.identity(target) if target.run.how == "ssh" else None,
+        runtime_packages(target),
     ],
     "epoch": lambda *_: os.environ.get("SOURCE_DATE_EPOCH", ""),
 }

@@ -17,8 +17,8 @@ from edgewright.errors import BadInput
 from edgewright.explain import documents
 from edgewright.recipe import Recipe
 from edgewright.report.tables import find, rows, table
-from edgewright.runtime.doctor import need_provider
 from edgewright.runtime.launch import launch_for
+from edgewright.runtime.providers import need_provider
 from edgewright.runtime.ssh.link import held
 from edgewright.target import Target
 

@@ -24,8 +24,8 @@ from edgewright.gate.absolute import absolute_limits
 from edgewright.gate.demands import target_demands
 from edgewright.gate.release import decide_release
 from edgewright.recipe import Recipe, parse_recipe
-from edgewright.runtime.doctor import need_provider
 from edgewright.runtime.launch import launch_for
+from edgewright.runtime.providers import need_provider
 from edgewright.runtime.ssh import link
 from edgewright.stage import Job, Report, run_in_child
 from edgewright.target import Target

@@ -21,13 +21,21 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeSettings:
-    """ONNX Runtime on the device: provider with its options, threads, session options."""
+    """ONNX Runtime on the device: provider with its options, threads, session options.
+
+    `min_provider_share`: least share of the work (time; multiply-accumulates where the times
+    are not those of the device) on the provider. `min_int8_share`: least share of the
+    multiply-accumulates in int8. `io_binding`: while measuring, inputs and outputs stay on the
+    provider's device.
+    """
 
     provider: str = "CPUExecutionProvider"
     provider_options: dict[str, str] = field(default_factory=dict)
     threads: int = 1
     session: dict[str, str] = field(default_factory=dict)
     min_provider_share: float = 1.0
+    min_int8_share: float = 0.0
+    io_binding: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +196,9 @@ def parse_target(raw: dict[str, Any], where: str = "target profile") -> Target:
         raise BadInput(f"{where}: run.cpu_model", expected="a QEMU CPU model", found="nothing")
     if target.run.how == "ssh":
         check_ssh(target.run, where)
-    if not 0 <= target.runtime.min_provider_share <= 1:
-        raise BadInput(f"{where}: runtime.min_provider_share", expected="0 to 1")
+    for key in ("min_provider_share", "min_int8_share"):
+        if not 0 <= getattr(target.runtime, key) <= 1:
+            raise BadInput(f"{where}: runtime.{key}", expected="0 to 1")
     if target.prune.multiple < 1:
         raise BadInput(f"{where}: prune.multiple", expected="at least 1")
     if target.runtime.threads < 1:

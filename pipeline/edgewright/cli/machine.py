@@ -163,15 +163,18 @@ def ready_text(check: dict[str, Any]) -> str:
 @click.command()
 @click.option("--target", "names", multiple=True, required=True, help="May be given repeatedly.")
 def setup(names: tuple[str, ...]) -> None:
-    """Install what emulated targets need; at once where it is there already.
+    """Install what a target needs, an emulator or its provider; at once where it is there.
 
     \b
     edgewright setup --target arm
+    edgewright setup --target openvino
     """
-    from edgewright.runtime import emulator
+    from edgewright.runtime import emulator, providers
 
     for target in [load_target(name) for name in names]:
-        emulator.setup(target, lambda text: click.echo(text, err=True))
+        local = target.run.how == "local" and target.runtime.provider != providers.CPU
+        install = providers.setup if local else emulator.setup
+        install(target, lambda text: click.echo(text, err=True))
 
 
 @click.group()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from edgewright.bundle.manifest import Manifest
-from edgewright.runtime.session import ADDRESS_SPACE, Launch
+from edgewright.runtime.session import ADDRESS_SPACE, NVIDIA, Launch
 
 LIBRARIES = 4 << 30  # address space that Python, onnxruntime and its threads reserve, not use
 
@@ -19,7 +19,8 @@ def native(manifest: Manifest, python: Sequence[str] = ()) -> Launch:
     the machine does. What counts is the peak that `prove.check_memory` reads.
     """
     limit = manifest["limits"]["max_memory_bytes"] or physical_memory()
-    space = min(ADDRESS_SPACE, limit + LIBRARIES)
+    on_gpu = manifest["runtime"]["provider"] in NVIDIA
+    space = 0 if on_gpu else min(ADDRESS_SPACE, limit + LIBRARIES)
     return Launch(python=tuple(python) or Launch.python, address_space=space)
 
 

@@ -9,6 +9,7 @@ from edgewright.device.prove import Report, prove
 from edgewright.device.verify import extract
 from edgewright.errors import EnvironmentMissing, UsageError
 from edgewright.runtime.launch import host_isa, launch_for
+from edgewright.runtime.providers import native_launch
 from edgewright.runtime.session import Launch
 from edgewright.target import Target, load_target, target_names
 
@@ -43,7 +44,8 @@ def choose_launch(manifest: Manifest, target: Target | None) -> tuple[Target | N
                     found="no " + " ".join(missing),
                     hint="build a bundle for a target that fits this CPU",
                 )
-            return None, Launch()
+            runtime = manifest["runtime"]
+            return None, native_launch(runtime["provider"], runtime["provider_options"])
         if manifest["target"] not in target_names():
             raise EnvironmentMissing(
                 f"the bundle is for {device['arch']}, this machine is {os.uname().machine}",

@@ -219,6 +219,8 @@ def who_decides(job: Job) -> Report:
     elif job.target.run.how != "local":
         why = "emulated time is no time" if job.target.emulated else "its clock is far away"
         reason = f"target {job.target.name} does not run here: {why}"
+    elif job.target.runtime.provider != "CPUExecutionProvider":
+        reason = f"{job.target.runtime.provider} tells no times of single layers"
     return {"clock": not reason, "reason": reason, "regions": []}
 
 

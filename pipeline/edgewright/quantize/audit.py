@@ -13,6 +13,7 @@ import onnx
 from edgewright.model import all_nodes, load
 from edgewright.quantize.placement import CORE
 from edgewright.runtime.launch import launch_for, session_options
+from edgewright.runtime.providers import COMPILING
 from edgewright.runtime.session import Session
 from edgewright.target import Target
 
@@ -40,7 +41,12 @@ INT8 = (
 
 
 def optimized_graph(path: Path, target: Target, folder: Path) -> onnx.ModelProto | None:
-    """The graph after the target runtime's optimisations; None where it cannot write one."""
+    """The graph after the target runtime's optimisations; None where it cannot write one.
+
+    A compiling provider leaves nodes that no file can hold.
+    """
+    if target.runtime.provider in COMPILING:
+        return None
     out = folder / "optimized.onnx"
     options = session_options(target)
     with Session(path, launch=launch_for(target), optimized=str(out), **options):

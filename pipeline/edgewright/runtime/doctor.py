@@ -3,8 +3,6 @@
 Nothing heavy is started: a target counts as ready when everything it needs is in its place.
 """
 
-import ctypes
-import functools
 import importlib.metadata
 import os
 import platform
@@ -12,10 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgewright.errors import EdgewrightError, EnvironmentMissing, IntegrityError
+from edgewright.errors import EdgewrightError, IntegrityError
 from edgewright.runtime import emulator
 from edgewright.runtime.guest import ORT_PACKAGES
 from edgewright.runtime.launch import host_cpu, host_isa, launch_for
+from edgewright.runtime.providers import need_provider, runtime_packages
 from edgewright.runtime.ssh import link
 from edgewright.target import Target, load_target, target_names
 
@@ -31,13 +30,6 @@ ISA_OF_INTEREST = (
     "sve",
 )
 PACKAGES = ("onnx", "onnxruntime", "numpy", "torch")
-# Provider -> the PyPI package whose onnxruntime has it.
-PROVIDER_PACKAGES = {
-    "CUDAExecutionProvider": "onnxruntime-gpu",
-    "TensorrtExecutionProvider": "onnxruntime-gpu",
-    "OpenVINOExecutionProvider": "onnxruntime-openvino",
-}
-NVIDIA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 
 def checks() -> list[dict[str, Any]]:
@@ -87,50 +79,7 @@ def how_it_runs(target: Target) -> str:
         version = emulator.qemu_version(target.device.arch) or "of unknown version"
         model = target.run.cpu_model.partition(",")[0]
         return f"{provider}, emulated: QEMU {version}, CPU model {model}"
-    return f"{provider}, natively"
-
-
-def need_provider(target: Target) -> None:
-    """EnvironmentMissing unless the installed onnxruntime has the provider and its driver.
-
-    A device behind SSH has its own onnxruntime, which refuses a model by itself.
-    """
-    provider = target.runtime.provider
-    if provider == "CPUExecutionProvider" or target.run.how == "ssh":
-        return
-    available = available_providers()
-    if provider not in available:
-        package = PROVIDER_PACKAGES.get(provider)
-        raise EnvironmentMissing(
-            f"the installed onnxruntime has no {provider}",
-            found=", ".join(available),
-            hint=f"pip uninstall onnxruntime, then pip install {package}"
-            if package
-            else "install an onnxruntime that has it",
-        )
-    if provider in NVIDIA_PROVIDERS and not has_nvidia_driver():
-        raise EnvironmentMissing(
-            f"{provider} needs the NVIDIA driver",
-            found="no libcuda.so.1",
-            hint="install the driver, or run on a machine with an NVIDIA GPU",
-        )
-
-
-@functools.cache
-def available_providers() -> tuple[str, ...]:
-    """The providers of the installed onnxruntime; imports it, which takes a moment."""
-    import onnxruntime
-
-    return tuple(onnxruntime.get_available_providers())
-
-
-def has_nvidia_driver() -> bool:
-    """Whether the driver's library loads; it starts nothing on the GPU."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
+    return " with ".join([f"{provider}, natively", *runtime_packages(target)])
 
 
 def host() -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 from edgewright.errors import EnvironmentMissing
 from edgewright.runtime import emulator
 from edgewright.runtime.cpu import host_isa
-from edgewright.runtime.session import Launch, Session
+from edgewright.runtime.providers import native_launch
+from edgewright.runtime.session import NVIDIA, Launch, Session
 from edgewright.runtime.ssh import link
 from edgewright.target import Target
 
@@ -44,16 +45,18 @@ def launch_for(target: Target) -> Launch:
             found="no " + " ".join(missing),
             hint="choose a target that fits this CPU; `edgewright doctor` lists them",
         )
-    return Launch()
+    return native_launch(target.runtime.provider, target.runtime.provider_options)
 
 
 def session_options(target: Target) -> dict[str, Any]:
     """The options of a worker's `load` request for a target."""
+    runtime = target.runtime
     return {
-        "provider": target.runtime.provider,
-        "provider_options": dict(target.runtime.provider_options),
-        "threads": target.runtime.threads,
-        "session": dict(target.runtime.session),
+        "provider": runtime.provider,
+        "provider_options": dict(runtime.provider_options),
+        "threads": runtime.threads,
+        "session": dict(runtime.session),
+        "bind": ("cuda" if runtime.provider in NVIDIA else "cpu") if runtime.io_binding else "",
     }
 
 

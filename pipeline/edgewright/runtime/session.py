@@ -27,6 +27,8 @@ WORDS = (str(WORKER),) if WORKER.is_file() else (str(WORKER.parents[2]), "worker
 RUN_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 600.0
 ADDRESS_SPACE = 64 << 30  # bytes; stops a tensor of terabytes, not a normal model
+# CUDA maps all memory of host and GPUs at once, so no limit on address space can stand.
+NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,9 @@ class Launch:
     """How a Python process for the target is started: command before the script, environment.
 
     `worker`: the script, as words after `python`. `address_space`: RLIMIT_AS of the child in
-    bytes, 0 where an emulator reserves more. `remote`: the child is a bridge to the process.
+    bytes, 0 where an emulator or CUDA reserves more. `remote`: the child is a bridge to the
+    process. `engines`: a folder for the engines that a provider builds, None where each session
+    builds its own.
     """
 
     python: tuple[str, ...] = (sys.executable, "-s")
@@ -43,6 +47,7 @@ class Launch:
     address_space: int = ADDRESS_SPACE
     time_factor: float = 1.0
     remote: bool = False
+    engines: Path | None = None
 
 
 def plain(text: str) -> str:

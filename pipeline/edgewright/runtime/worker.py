@@ -8,6 +8,7 @@ the arrays the header lists as {"name", "dtype", "shape"}. Requests carry "op"; 
 "error" = {"kind", "text"} where the request failed.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -15,7 +16,10 @@ import signal
 import sys
 import time
 
-OPS = ("load", "run", "feeds", "slice", "memory", "restart", "profile", "spin", "quit")
+OPS = ("load", "run", "feeds", "warm", "slice", "memory", "restart", "profile", "spin", "quit")
+# Provider -> the Python package that adds it to an installed onnxruntime.
+PLUGINS = {"OpenVINOExecutionProvider": "onnxruntime_ep_openvino"}
+LIBRARY_FAULTS = ("cannot open shared object", "Failed to load library", "Failed to load shared")
 
 
 def read_exact(stream, size):
@@ -127,12 +131,112 @@ def shared_tensors(path, places):
         yield name, onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
+def kernels(events):
+    """The executed nodes in the events of ONNX Runtime's profile, one entry for each run of one."""
+    nodes = []
+    for event in events:
+        if event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
+            args = event.get("args", {})
+            inputs = args.get("input_type_shape", [])
+            nodes.append(
+                {
+                    "name": event["name"][: -len("_kernel_time")],
+                    "index": int(args.get("node_index", -1)),
+                    "op": args.get("op_name", ""),
+                    "provider": args.get("provider", ""),
+                    "types": [t for i in inputs for t in i],
+                    "elements": count_elements(args.get("output_type_shape", [])),
+                    "shapes": [dims for i in inputs for dims in i.values()],
+                    "us": event.get("dur", 0),
+                }
+            )
+    return nodes
+
+
+def plugin_devices(onnxruntime, provider, kind):
+    """The devices of type `kind` (CPU, GPU or NPU) that a provider's plug-in offers here.
+
+    Loads the plug-in's library into this process. ImportError: its package is not installed.
+    """
+    library = importlib.import_module(PLUGINS[provider]).get_library_path()
+    onnxruntime.register_execution_provider_library(PLUGINS[provider], library)
+    devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == provider]
+    return [d for d in devices if d.device.type.name == kind]
+
+
+def offer(provider, kind):
+    """What runs a provider here: {"onnxruntime", "how": built-in, plug-in or "", "reason"}."""
+    import onnxruntime
+
+    found = {"onnxruntime": onnxruntime.__version__, "how": "", "reason": ""}
+    available = onnxruntime.get_available_providers()
+    if provider in available:
+        return {**found, "how": "built-in"}
+    missing = f"onnxruntime {onnxruntime.__version__} has {', '.join(available)}"
+    if provider not in PLUGINS:
+        return {**found, "reason": missing}
+    try:
+        devices = plugin_devices(onnxruntime, provider, kind)
+    except ImportError:
+        return {**found, "reason": f"{missing}; no plug-in is installed"}
+    except Exception as error:
+        return {**found, "reason": f"the plug-in does not load: {str(error)[:300]}"}
+    if not devices:
+        vendors = {d.device.vendor for d in onnxruntime.get_ep_devices()}
+        reason = f"the plug-in offers no {kind} here (maker: {', '.join(sorted(vendors))})"
+        return {**found, "reason": reason}
+    return {**found, "how": "plug-in"}
+
+
+def add_provider(onnxruntime, options, provider, settings):
+    """Give the session options a provider's plug-in, or return the providers to ask for.
+
+    A plug-in takes its device from the list it offers; `device_type` says which.
+    """
+    if provider in onnxruntime.get_available_providers():
+        return [(provider, settings)]
+    if provider not in PLUGINS:
+        raise LookupError(
+            f"provider {provider} is not in this onnxruntime "
+            f"(it has {', '.join(onnxruntime.get_available_providers())})"
+        )
+    kind = settings.get("device_type", "CPU")
+    devices = plugin_devices(onnxruntime, provider, kind)
+    if not devices:
+        raise LookupError(f"the plug-in of {provider} offers no {kind} on this machine")
+    rest = {key: value for key, value in settings.items() if key != "device_type"}
+    options.add_provider_for_devices(devices[:1], rest)
+    return None
+
+
+def device_memory():
+    """(bytes that this process holds on GPUs or None, why it is not known), from NVML."""
+    try:
+        pynvml = importlib.import_module("pynvml")  # of nvidia-ml-py, where it is installed
+    except ImportError:
+        return None, "the package nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+        used = []
+        for k in range(pynvml.nvmlDeviceGetCount()):
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(k)
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
+            used += [p.usedGpuMemory for p in running if p.pid == os.getpid()]
+    except pynvml.NVMLError as error:
+        return None, f"NVML: {error}"
+    if not used or None in used:  # in a container the driver knows other process numbers
+        return None, "NVML does not list this process"
+    return sum(used), ""
+
+
 class Server:
     """State of the worker: one session, the feeds to cycle through."""
 
     def __init__(self):
         self.session = self.open_session = None
         self.borrowed = []  # tensors that are not the session's own must outlive it
+        self.binding = None  # (device, number) where inputs and outputs are bound there
+        self.bound = {}
         self.feeds = []
         self.outputs = None
         self.turn = 0
@@ -167,23 +271,30 @@ class Server:
         if header.get("profile"):
             options.enable_profiling = True
             options.profile_file_prefix = header["profile"]
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         wanted = header.get("provider", "CPUExecutionProvider")
-        if wanted not in onnxruntime.get_available_providers():
-            raise LookupError(
-                f"provider {wanted} is not in this onnxruntime "
-                f"(it has {', '.join(onnxruntime.get_available_providers())})"
-            )
-        providers = [(wanted, header.get("provider_options", {}))]
+        settings = header.get("provider_options", {})
+        providers = add_provider(onnxruntime, options, wanted, settings)
 
         def open_session():
-            return onnxruntime.InferenceSession(header["model"], options, providers=providers)
+            # Without fallback: Python would try again on the CPU and say nothing.
+            return onnxruntime.InferenceSession(
+                header["model"], options, providers=providers, enable_fallback=0
+            )
 
         begin = time.perf_counter()
         self.open_session = open_session
-        self.session = open_session()
+        try:
+            self.session = open_session()
+        except Exception as error:
+            if wanted != "CPUExecutionProvider" and any(t in str(error) for t in LIBRARY_FAULTS):
+                raise LookupError(f"provider {wanted} does not load: {error}") from None
+            raise
         load_s = time.perf_counter() - begin
         if wanted not in self.session.get_providers():
-            raise LookupError(f"provider {wanted} refused the session")
+            raise LookupError(f"provider {wanted} refused the session: wrong options or no library")
+        if header.get("bind"):
+            self.binding = (header["bind"], int(settings.get("device_id", 0)))
 
         def describe(values):
             return [{"name": v.name, "type": v.type, "shape": v.shape} for v in values]
@@ -211,26 +322,69 @@ class Server:
 
     def keep_feeds(self, header, arrays):
         if header.get("first"):
-            self.feeds = []
+            self.feeds, self.bound = [], {}
         self.feeds.append(dict(arrays))
         return {"count": len(self.feeds)}, ()
+
+    def call(self, k):
+        """A function that runs feed number k (modulo their number) once.
+
+        Bound: the inputs were copied to the device before, the outputs stay there; a run ends
+        when the device has finished.
+        """
+        k %= len(self.feeds)
+        if self.binding is None:
+            session, feed = self.session, self.feeds[k]
+            return lambda: session.run(None, feed)
+        if k not in self.bound:
+            self.bound[k] = self.bind(self.feeds[k])
+        session, binding = self.session, self.bound[k]
+
+        def run():
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return run
+
+    def bind(self, feed):
+        """A binding of the feed's arrays on the device, and of the outputs wherever they come."""
+        import onnxruntime
+
+        binding = self.session.io_binding()
+        for name, array in feed.items():
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(array, *self.binding)
+            binding.bind_ortvalue_input(name, value)
+        for output in self.session.get_outputs():
+            binding.bind_output(output.name, *self.binding)
+        binding.synchronize_inputs()
+        return binding
+
+    def warm(self, header, _):
+        """Run every feed once: engines are built per size of input. Seconds of each run."""
+        seconds = []
+        for k in range(len(self.feeds)):
+            begin = time.perf_counter()
+            self.call(k)()
+            seconds.append(time.perf_counter() - begin)
+        return {"wall_s": seconds}, ()
 
     def slice(self, header, _):
         """Run for `seconds` and at least `min_runs` times; wall and CPU seconds of each run.
 
         `turn`: the feed to begin with, so that two models can be given the same ones.
         """
-        session, feeds, walls, cpus = self.session, self.feeds, [], []
+        walls, cpus = [], []
+        calls = [self.call(k) for k in range(len(self.feeds))]
         self.turn = header.get("turn", self.turn)
         seconds, min_runs = header["seconds"], header.get("min_runs", 1)
         queue, switches = run_queue_ns(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         begin = time.perf_counter()
         cpu_begin = time.process_time()
         while len(walls) < min_runs or time.perf_counter() - begin < seconds:
-            feed = feeds[self.turn % len(feeds)]
+            call = calls[self.turn % len(calls)]
             self.turn += 1
             wall, cpu = time.perf_counter(), time.process_time()
-            session.run(None, feed)
+            call()
             cpus.append(time.process_time() - cpu)
             walls.append(time.perf_counter() - wall)
         return {
@@ -246,7 +400,8 @@ class Server:
         """Peak resident KiB over `runs` runs, the high-water mark reset before them.
 
         `order`: the feeds to run instead, by number. `seconds`: after these, two runs are
-        enough. `first_run_s`: time of the first run.
+        enough. `first_run_s`: time of the first run. `device`: also what is held on GPUs after
+        the runs, which is the peak, since the runtime's arena there never shrinks.
         """
         reset = True
         try:
@@ -259,9 +414,12 @@ class Server:
         for done, k in enumerate(header.get("order") or range(header.get("runs", 3))):
             if done >= 2 and time.perf_counter() - begin > header.get("seconds", float("inf")):
                 break
-            self.session.run(None, self.feeds[k % len(self.feeds)])
+            self.call(k)()
             first_run_s = first_run_s or time.perf_counter() - begin
-        return {"peak_kib": status_kib("VmHWM"), "reset": reset, "first_run_s": first_run_s}, ()
+        peak = {"peak_kib": status_kib("VmHWM"), "reset": reset, "first_run_s": first_run_s}
+        if header.get("device"):
+            peak["device_bytes"], peak["device_reason"] = device_memory()
+        return peak, ()
 
     def restart(self, header, _):
         """Create the session anew, run it once and drop it: seconds of that.
@@ -280,29 +438,38 @@ class Server:
         return {"wall_s": time.perf_counter() - begin}, ()
 
     def profile(self, header, _):
-        """Run `runs` times under the profiler and return what it recorded."""
-        for k in range(header.get("runs", 10)):
-            self.session.run(None, self.feeds[k % len(self.feeds)])
+        """Run at most `runs` times under the profiler and return what it recorded.
+
+        After `seconds`, `least` runs are enough; `runs` of the answer is their number.
+        """
+        done, begin = 0, time.perf_counter()
+        late, least = header.get("seconds", float("inf")), header.get("least", 1)
+        while done < header.get("runs", 10):
+            if done >= least and time.perf_counter() - begin > late:
+                break
+            self.session.run(None, self.feeds[done % len(self.feeds)])
+            done += 1
         path = self.session.end_profiling()
         with open(path) as file:
             events = json.load(file)
         os.unlink(path)
-        nodes = []
-        for event in events:
-            if event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
-                args = event.get("args", {})
-                nodes.append(
-                    {
-                        "name": event["name"][: -len("_kernel_time")],
-                        "index": int(args.get("node_index", -1)),
-                        "op": args.get("op_name", ""),
-                        "provider": args.get("provider", ""),
-                        "types": [t for i in args.get("input_type_shape", []) for t in i],
-                        "elements": count_elements(args.get("output_type_shape", [])),
-                        "us": event.get("dur", 0),
-                    }
-                )
-        return {"nodes": nodes}, ()
+        return {"nodes": kernels(events), "runs": done, "assigned": self.assigned()}, ()
+
+    def assigned(self):
+        """[{"provider", "nodes": [{"name", "op"}]}] as the runtime assigned them; None: unknown.
+
+        The graph is that after basic optimisations: names are mostly those of the file. A
+        compiling provider makes one node of each group.
+        """
+        if not hasattr(self.session, "get_provider_graph_assignment_info"):
+            return None  # before onnxruntime 1.24
+        return [
+            {
+                "provider": group.ep_name,
+                "nodes": [{"name": n.name, "op": n.op_type} for n in group.get_nodes()],
+            }
+            for group in self.session.get_provider_graph_assignment_info()
+        ]
 
 
 def serve(source, sink):
@@ -312,6 +479,7 @@ def serve(source, sink):
         "load": server.load,
         "run": server.run,
         "feeds": server.keep_feeds,
+        "warm": server.warm,
         "slice": server.slice,
         "memory": server.memory,
         "restart": server.restart,
@@ -347,8 +515,15 @@ def main():
     """Set limits (first argument: bytes of address space, 0 for none), then serve.
 
     Second argument "early": there is time to load the runtime before the first request comes.
+    `offer PROVIDER KIND` instead prints what runs the provider here, as JSON.
     """
     die_with_parent()
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see edgewright/__init__.py
+    if sys.argv[1:2] == ["offer"]:
+        sink = os.dup(1)
+        os.dup2(2, 1)
+        os.write(sink, json.dumps(offer(*sys.argv[2:4])).encode())
+        return
     limit = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     if limit:
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -358,7 +533,6 @@ def main():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not get between the messages
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see edgewright/__init__.py
     if sys.argv[2:] == ["early"]:
         try:
             import onnxruntime  # noqa: F401

@@ -42,9 +42,11 @@ NODE = table(
         "provider": TEXT,
         "types": WORDS,
         "elements": COUNT,
+        "shapes": array_of(array_of({"type": "integer"}, 64), 4096),
         "us": {"type": "number", "minimum": 0},
     }
 )
+GROUP = table({"provider": TEXT, "nodes": array_of(table({"name": TEXT, "op": TEXT}), 1_000_000)})
 WORKER: dict[str, dict[str, Any]] = {
     "load": table(
         {
@@ -74,9 +76,20 @@ WORKER: dict[str, dict[str, Any]] = {
             "involuntary_switches": {"type": "integer"},
         }
     ),
-    "memory": table({"peak_kib": COUNT, "reset": {"type": "boolean"}, "first_run_s": SECONDS}),
+    "warm": table({"wall_s": TIMES}),
+    "memory": table(
+        {"peak_kib": COUNT, "reset": {"type": "boolean"}, "first_run_s": SECONDS},
+        device_bytes={"type": ["integer", "null"], "minimum": 0},
+        device_reason=TEXT,
+    ),
     "restart": table({"wall_s": SECONDS, "cpu_s": SECONDS}),
-    "profile": table({"nodes": array_of(NODE, 1_000_000)}),
+    "profile": table(
+        {
+            "nodes": array_of(NODE, 1_000_000),
+            "runs": COUNT,
+            "assigned": {**array_of(GROUP, 1_000_000), "type": ["array", "null"]},
+        }
+    ),
     "spin": table({"wall_s": SECONDS}),
 }
 ERROR = table({"error": table({"kind": TEXT, "text": TEXT})})
