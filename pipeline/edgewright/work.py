@@ -54,6 +54,25 @@ def node_work(model: onnx.ModelProto) -> tuple[list[Item], int]:
     return items, graph.count_nodes(sized)
 
 
+def macs_by_name(model: onnx.ModelProto, sizes: Mapping[str, Shape]) -> dict[str, int]:
+    """Multiply-accumulates of the named nodes for inputs of these sizes, as far as known.
+
+    Empty where the sizes inside cannot be inferred.
+    """
+    try:
+        sized = sized_copy(model, sizes)
+    except Exception:  # a description is no reason to refuse a model that runs
+        return {}
+    found: dict[str, int] = {}
+    for part in graph.all_graphs(sized.graph):
+        shapes = known_shapes(part)
+        for node in part.node:
+            count = node_macs(node, shapes.get) if node.op_type in WORK and node.name else None
+            if count is not None:
+                found[node.name] = found.get(node.name, 0) + count
+    return found
+
+
 def shapes_of(model: onnx.ModelProto, sizes: Mapping[str, Shape]) -> dict[str, Shape]:
     """Shapes of the main graph's tensors for inputs of these sizes (free dimensions: 1), as far
     as they follow from them."""

@@ -17,6 +17,7 @@ DETERMINISTIC = (
     "max_size_ratio",
     "max_size_bytes",
     "min_provider_share",
+    "min_int8_share",
 )
 LEFT_OUT = "latency, memory and start-up, which no second build gives again: see report.json"
 
@@ -26,7 +27,9 @@ def public(report: Report) -> Report:
     checks = []
     for check in report["checks"]:
         kept = {key: check[key] for key in ("name", "limit", "verdict")}
-        if check["name"] in DETERMINISTIC:
+        # Less than all of the work is a share of time.
+        timed = check["name"] == "min_provider_share" and check["value"] != 1
+        if check["name"] in DETERMINISTIC and not timed:
             kept["value"] = check["value"]
         checks.append(kept)
     return {"verdict": report["verdict"], "checks": checks}

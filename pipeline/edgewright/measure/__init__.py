@@ -20,13 +20,14 @@ from edgewright.measure.race import (
     CANDIDATE,
     MIN_PAIRS,
     ORIGINAL,
-    SLOW_S,
     CandidateFailed,
     no_arena_peak_kib,
     open_side,
     run_launch,
 )
+from edgewright.runtime.engines import engine_folder
 from edgewright.runtime.launch import launch_for
+from edgewright.runtime.providers import on_host_cpu, runtime_packages
 from edgewright.runtime.session import Launch
 from edgewright.runtime.ssh.link import held
 from edgewright.stage import Job, Report, Tell
@@ -36,6 +37,7 @@ MAX_FEEDS = 8
 CONFIDENCE = 0.95
 MARGIN = 0.02  # the gate's equivalence margin on the latency ratio; a test keeps them equal
 EMULATED_RUNS = 2
+PROFILE_RUNS = 30  # fewer where a run is slow
 SEED = 0
 Heat = dict[str, Any]  # what `race.run_heat` returns
 EMULATED = "emulated time is not latency"
@@ -107,7 +109,8 @@ def compare(
     if target.emulated:
         with held(target):
             return emulated(candidate, original, feeds, target, launch, tell)
-    with held(target) if target.run.how == "ssh" else host.exclusive(tell):
+    holding = held(target) if target.run.how == "ssh" else host.exclusive(tell)
+    with holding, engine_folder(launch) as launch:
         return measured(candidate, original, feeds, target, launch, tell, launches, seconds, limit)
 
 
@@ -122,10 +125,25 @@ def measured(
     seconds: float,
     limit: float | None,
 ) -> Report:
-    """`compare` where time is time: the race, memory without arena, placement."""
+    """`compare` where time is time: placement, the race, memory without arena.
+
+    A candidate that does not run where the target says is not raced: its times would be those of
+    another provider.
+    """
     before = host.look(target)
     threads, allowed = target.runtime.threads, host.usable_cores(target, before)
-    on_cpu = target.runtime.provider == "CPUExecutionProvider"
+    on_cpu = on_host_cpu(target)
+    tell("profiling", 0, 0)
+    where = profile_nodes(candidate, target, launch, feeds, PROFILE_RUNS)
+    facts = {
+        **host.facts(before),
+        "onnxruntime": where["onnxruntime"],
+        "runtime": list(runtime_packages(target)),
+        "threads": threads,
+        "feeds": len(feeds),
+    }
+    if not where["ok"]:
+        return misplaced(where, sizes(candidate, original), facts)
     cores = host.core_sets(allowed, threads if on_cpu else len(allowed))
     # Two looks at the data at most, so each gets half of the chance to err (Bonferroni).
     confidence = CONFIDENCE if limit is None else 1 - (1 - CONFIDENCE) / 2
@@ -169,9 +187,6 @@ def measured(
     else:
         text = f"this machine was not quiet, limits in ms and bytes cannot bind: {noise['reason']}"
         notes.append(summary.note("info", text))
-    tell("profiling", 0, 0)
-    slowest = max(heat["start"][CANDIDATE]["latency_s"] for heat in heats)
-    where = profile_nodes(candidate, target, launch, feeds, profile_runs(slowest))
     return {
         "notes": notes,
         "emulated": False,
@@ -182,20 +197,28 @@ def measured(
         "placement": where,
         "noise": noise,
         "unsteady": unsteady,
-        "host": {
-            **host.facts(before),
-            "after": host.state(after),
-            "onnxruntime": where["onnxruntime"],
-            "threads": threads,
-            "feeds": len(feeds),
-        },
+        "host": {**facts, "after": host.state(after)},
         "raw": summary.raw(heats, SEED),
     }
 
 
-def profile_runs(latency_s: float) -> int:
-    """Runs of a profile: more for fast models, whose node times are few whole microseconds."""
-    return max(3 if latency_s > SLOW_S else 5, min(30, int(0.2 / max(latency_s, 1e-9))))
+def misplaced(where: dict[str, Any], size: dict[str, Any], facts: dict[str, Any]) -> Report:
+    """The report of a candidate that does not run where the target says it must."""
+    reason = f"not measured: too little of the model runs on {where['provider']}"
+    return {
+        "notes": [summary.note("warning", reason)],
+        "emulated": False,
+        "latency": None,
+        "latency_reason": reason,
+        "memory": None,
+        "memory_reason": reason,
+        "load": {"ok": True},
+        "size": size,
+        "placement": where,
+        "noise": None,
+        "host": facts,
+        "raw": {"pairs": []},
+    }
 
 
 def progress(tell: Tell, number: int, planned: int) -> Callable[[int], None]:

@@ -21,8 +21,10 @@ from typing import Any
 
 from edgewright.data import Feed
 from edgewright.errors import BadInput, DeviceUnavailable, EnvironmentMissing
+from edgewright.runtime.engines import engine_options
 from edgewright.runtime.launch import session_options
-from edgewright.runtime.session import Launch, Session
+from edgewright.runtime.providers import COMPILING
+from edgewright.runtime.session import NVIDIA, Launch, Session
 from edgewright.target import Target
 
 CANDIDATE, ORIGINAL = "candidate", "original"
@@ -79,12 +81,15 @@ def blame(side: str) -> Iterator[None]:
 
 def open_side(side: str, model: Path, target: Target, launch: Launch, **options: Any) -> Session:
     """A session of one side with the target's options and those given."""
+    settings = session_options(target)
+    if launch.engines is not None:
+        settings["provider_options"] |= engine_options(target, model, launch.engines)
     with blame(side):
         return Session(
             model,
             launch=launch,
             name=f"the {side} ({model.name})",
-            **{**session_options(target), **options},
+            **{**settings, **options},
         )
 
 
@@ -99,9 +104,10 @@ def feed_bytes(feed: Feed) -> int:
     return sum(array.nbytes for array in feed.values())
 
 
-def memory_request(feeds: list[Feed]) -> dict[str, Any]:
-    """The request for the peak of memory: the largest inputs first."""
-    return {"op": "memory", "order": memory_order(feeds), "seconds": MEMORY_S}
+def memory_request(feeds: list[Feed], target: Target) -> dict[str, Any]:
+    """The request for the peak of memory: the largest inputs first; of a GPU, too."""
+    on_gpu = target.runtime.provider in NVIDIA
+    return {"op": "memory", "order": memory_order(feeds), "seconds": MEMORY_S, "device": on_gpu}
 
 
 def memory_order(feeds: list[Feed]) -> list[int]:
@@ -127,14 +133,17 @@ def calls_per_slice(latencies_s: list[float], pace: Pace = STEADY) -> int:
     return max(MIN_CALLS, min(MAX_CALLS, math.ceil((pace.slice_s or SLICE_S) / max(mean, 1e-9))))
 
 
-def start(side: str, session: Session, feeds: list[Feed]) -> dict[str, Any]:
+def start(side: str, session: Session, feeds: list[Feed], target: Target) -> dict[str, Any]:
     """Cold start and peak memory of a fresh child, then its warm-up.
 
     The peak is reset after loading and before the first run; the arena grows on the second run.
+    A compiling provider sees every input once before any is timed: it may compile for each size.
     """
     with blame(side):
         session.keep_feeds(feeds)
-    memory = ask(side, session, memory_request(feeds))
+    memory = ask(side, session, memory_request(feeds, target))
+    if target.runtime.provider in COMPILING:
+        memory["compile_s"] = round(sum(ask(side, session, {"op": "warm"})["wall_s"]), 6)
     request = {"op": "slice", "seconds": WARM_S, "min_runs": warm_calls(memory["first_run_s"])}
     warm = ask(side, session, request)
     kept = ("import_s", "load_s", "rss_before_load_kib", "peak_after_load_kib")
@@ -240,7 +249,7 @@ def run_heat(
         for side in sorted(SIDES, key=lambda side: side != started_first):
             session = open_side(side, models[side], target, launch, cores=cores)
             sessions[side] = stack.enter_context(session)
-            starts[side] = start(side, session, feeds)
+            starts[side] = start(side, session, feeds, target)
         calls = calls_per_slice([starts[side]["latency_s"] for side in SIDES], pace)
         pairs: list[dict[str, Any]] = []
         spins: list[float] = []
@@ -277,7 +286,7 @@ def no_arena_peak_kib(
 
     Devices often switch the arena off: it keeps what the largest input once needed.
     """
-    request = memory_request(feeds)
+    request = memory_request(feeds, target)
     with open_side(CANDIDATE, model, target, launch, cores=cores, arena=False) as session:
         with blame(CANDIDATE):
             session.keep_feeds(feeds)

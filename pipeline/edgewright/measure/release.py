@@ -26,17 +26,19 @@ from edgewright.decision import (
 from edgewright.errors import BadInput
 from edgewright.measure import (
     MAX_FEEDS,
+    PROFILE_RUNS,
     emulated,
     failed,
     host,
-    profile_runs,
     sizes,
     summary,
 )
 from edgewright.measure.placement import profile_nodes
 from edgewright.measure.race import CANDIDATE, ORIGINAL, CandidateFailed, Pace, run_launch
 from edgewright.model import input_specs, load
+from edgewright.runtime.engines import engine_folder
 from edgewright.runtime.launch import launch_for
+from edgewright.runtime.providers import on_host_cpu
 from edgewright.runtime.ssh.link import held
 from edgewright.stage import Job, Report, Tell
 from edgewright.target import Target
@@ -82,12 +84,12 @@ def compare(
     if target.emulated:
         with held(target):
             return emulated(candidate, baseline, feeds, target, launch, tell)
-    with held(target) if target.run.how == "ssh" else host.exclusive(tell):
+    holding = held(target) if target.run.how == "ssh" else host.exclusive(tell)
+    with holding, engine_folder(launch) as launch:
         before = host.look(target)
         begin = time.monotonic()
         threads, allowed = target.runtime.threads, host.usable_cores(target, before)
-        on_cpu = target.runtime.provider == "CPUExecutionProvider"
-        cores = host.core_sets(allowed, threads if on_cpu else len(allowed))
+        cores = host.core_sets(allowed, threads if on_host_cpu(target) else len(allowed))
         models = {CANDIDATE: candidate, ORIGINAL: baseline}
         heats: list[dict[str, Any]] = []
         looks: list[dict[str, Any]] = []
@@ -108,8 +110,7 @@ def compare(
         where = None
         if FAIL not in looks[-1].values():
             tell("profiling", 0, 0)
-            slowest = max(heat["start"][CANDIDATE]["latency_s"] for heat in heats)
-            where = profile_nodes(candidate, target, launch, feeds, profile_runs(slowest))
+            where = profile_nodes(candidate, target, launch, feeds, PROFILE_RUNS)
         after = host.look(target)
     noise = summary.noise(heats, after["steal_ticks"] - before["steal_ticks"])
     if (unsteady := host.unsteady(before, after)) is not None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from edgewright.measure import statistics
 from edgewright.measure.race import CANDIDATE, ORIGINAL, SIDES
+from edgewright.runtime.providers import on_host_cpu
 from edgewright.target import Target
 
 Note = dict[str, str]
@@ -24,10 +25,8 @@ def note(level: str, text: str) -> Note:
 
 
 def primary_clock(target: Target) -> str:
-    """cpu: CPU time, free of waiting, counts all of a single-thread CPU run. Else wall."""
-    runtime = target.runtime
-    alone = runtime.provider == "CPUExecutionProvider" and runtime.threads == 1
-    return "cpu" if alone else "wall"
+    """cpu: CPU time, free of waiting, counts all of a single-thread run on the CPU. Else wall."""
+    return "cpu" if on_host_cpu(target) and target.runtime.threads == 1 else "wall"
 
 
 def log_ratios(heat: dict[str, Any], clock: str) -> list[float] | None:
@@ -194,7 +193,19 @@ def memory(
     report["ratio"] = report["candidate_peak_bytes"] / report["original_peak_bytes"]
     original = report["original_cost_bytes"]
     report["cost_ratio"] = report["candidate_cost_bytes"] / original if original else None
+    if any("device_reason" in s for s in starts[CANDIDATE]):
+        report |= device_memory(starts)
     return report, notes
+
+
+def device_memory(starts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Peak bytes on the GPU of both processes, or why they are not known."""
+    reasons = [s["device_reason"] for side in SIDES for s in starts[side] if s["device_reason"]]
+    if reasons:
+        return {"device_reason": reasons[0]}
+    peaks = {f"{side}_device_bytes": max(s["device_bytes"] for s in starts[side]) for side in SIDES}
+    ratio = peaks["candidate_device_bytes"] / max(1, peaks["original_device_bytes"])
+    return {**peaks, "device_ratio": ratio}
 
 
 def load(heats: list[dict[str, Any]]) -> dict[str, Any]:

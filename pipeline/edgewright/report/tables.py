@@ -32,7 +32,8 @@ LABELS = {
     "max_peak_memory_bytes": "peak memory",
     "max_latency_ms": "latency",
     "min_agreement": "same answer as the original",
-    "min_provider_share": "nodes on the provider",
+    "min_provider_share": "work on the provider",
+    "min_int8_share": "work in int8",
     "runs": "loads and runs",
 }
 
@@ -358,6 +359,10 @@ def kernel_tile(report: Report) -> Tile:
     share = number(find(placement, "int8_share"))
     if share is not None:
         return Tile("Int8 kernels", f"{rough_share_text(share)} of the time", f"nodes: {counts}")
+    work = number(find(placement, "int8_work_share"))
+    if work is not None and "compiled" in kinds:
+        detail = f"layers in int8 form; kernels are the provider's own; nodes: {counts}"
+        return Tile("Int8 kernels", f"{rough_share_text(work)} of the work", detail)
     total = sum(int(c) for c in (number(v) for v in kinds.values()) if c is not None)
     int8 = int(number(kinds.get("int8")) or 0)
     return Tile("Int8 kernels", f"{int8} of {total} nodes", f"executed nodes: {counts}")
@@ -389,7 +394,7 @@ def check_form(name: str) -> Any:
         return ms_text
     if name.endswith("ratio"):
         return ratio_text
-    if name in ("min_retained", "min_agreement", "min_provider_share"):
+    if name in ("min_retained", "min_agreement", "min_provider_share", "min_int8_share"):
         return share_text
     return score_text
 
