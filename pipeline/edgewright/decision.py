@@ -44,6 +44,7 @@ class Tolerances:
     memory: float | None = None
     size: float | None = None
     cold_start: float | None = None
+    instructions: float | None = None
     metric: float | None = None
     agreement: float | None = None
     golden: float | None = None
@@ -60,6 +61,7 @@ class Settled:
     memory: float = 0.01
     size: float = 0.05
     cold_start: float = 0.10
+    instructions: float = 0.005
     metric: float = 0.01
     agreement: float = 0.05
     golden: float = 0.10

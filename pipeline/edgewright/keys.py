@@ -17,7 +17,7 @@ from typing import Any
 from edgewright.data import file_digest, source_digest
 from edgewright.errors import BadInput
 from edgewright.recipe import Recipe
-from edgewright.runtime import emulator
+from edgewright.runtime import emulator, toolchain
 from edgewright.runtime.launch import host_cpu, host_isa
 from edgewright.runtime.providers import runtime_packages
 from edgewright.runtime.ssh import link
@@ -116,10 +116,15 @@ FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
 MEMORY: dict[Any, str] = {}  # contents that this process has hashed
 
 
-def emulator_version(target: Target) -> str | None:
-    """The version of the emulator that the target runs in, None where it runs in none."""
-    emulated = target.run.how == "emulate"
-    return emulator.qemu_version(target.device.arch) if emulated else None
+def emulator_version(target: Target) -> list[str | bool | None]:
+    """The emulator that the target runs in: its version and whether we can count there.
+
+    Empty where the target needs none.
+    """
+    if target.run.how != "emulate":
+        return []
+    arch = target.device.arch
+    return [emulator.qemu_version(arch), toolchain.present(arch)]
 
 
 def content(recipe: Recipe, source: str) -> str:

@@ -224,7 +224,10 @@ class ShareSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class GateSettings:
-    """[gate]: the thresholds of the release. A limit left out is not checked."""
+    """[gate]: the thresholds of the release. A limit left out is not checked.
+
+    max_instructions, max_instruction_ratio: of one inference, where the target is emulated.
+    """
 
     min_retained: float | None = 0.99
     max_latency_ratio: float | None = None
@@ -233,6 +236,8 @@ class GateSettings:
     max_size_bytes: int | None = None
     max_peak_memory_bytes: int | None = None
     max_latency_ms: float | None = None
+    max_instruction_ratio: float | None = None
+    max_instructions: int | None = None
     min_agreement: float | None = None
     # Against an earlier release, not against the original.
     tolerance: Tolerances = field(default_factory=Tolerances)
@@ -323,7 +328,14 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         share = getattr(gate, key)
         if share is not None and not 0 <= share <= 1:
             raise BadInput(f"{where}: gate.{key}", expected="0 to 1", found=str(share))
-    for key in ("max_latency_ratio", "max_size_ratio", "max_memory_ratio", "max_latency_ms"):
+    for key in (
+        "max_latency_ratio",
+        "max_size_ratio",
+        "max_memory_ratio",
+        "max_latency_ms",
+        "max_instruction_ratio",
+        "max_instructions",
+    ):
         limit = getattr(gate, key)
         if limit is not None and limit <= 0:
             raise BadInput(f"{where}: gate.{key}", expected="above 0", found=str(limit))

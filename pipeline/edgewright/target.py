@@ -114,6 +114,7 @@ class Budget:
     max_size_bytes: int | None = None
     max_peak_memory_bytes: int | None = None
     max_latency_ms: float | None = None
+    max_instructions: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

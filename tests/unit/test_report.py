@@ -340,6 +340,27 @@ def test_emulated_targets_have_no_times():
     assert "60 of 63 nodes" in page and "of the executed nodes" in page
 
 
+def test_instructions_stand_in_for_latency_where_a_target_is_emulated():
+    report = full()
+    measure = report["stages"][3]["report"]
+    measure.update(emulated=True, latency=None, latency_reason="emulated time is not latency")
+    classes = {"dot": 0, "fmla": 6000, "other": 4000}
+    measure["instructions"] = {
+        "candidate": {"total": 4000, "exact": True, "classes": {**classes, "dot": 900, "fmla": 0}},
+        "original": {"total": 10000, "exact": True, "classes": classes},
+        "ratio": 0.4,
+        "statistic": "the most frequent",
+        "emulator": "QEMU 7.2, cortex-a76",
+    }
+    tile = tables.tiles(report)[1]
+    assert (tile.label, tile.value) == ("Instructions", "2.50× fewer")
+    page = visible(html.render(report))
+    assert "dot products of int8 (SDOT, UDOT)" in page and "SVE" not in page
+    assert "Counted by QEMU 7.2, cortex-a76, the same number run after run" in page
+    measure["instructions"]["candidate"]["exact"] = False
+    assert "with small differences between runs" in visible(html.render(report))
+
+
 def test_failures_are_explained_in_the_banner():
     report = full()
     report["verdict"] = "FAIL"

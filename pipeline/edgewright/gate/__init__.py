@@ -12,6 +12,7 @@ from edgewright.gate.absolute import absolute_limits
 from edgewright.gate.check import Check
 from edgewright.gate.demands import target_demands
 from edgewright.gate.footprint import memory_ratio, size
+from edgewright.gate.instructions import instruction_ratio
 from edgewright.gate.metric import agreement, retained
 from edgewright.gate.speed import LATENCY_MARGIN, latency_ratio
 from edgewright.gate.verdict import limits, overall, sealed
@@ -59,6 +60,8 @@ def decide(
         checks.append(size("max_size_ratio", gate.max_size_ratio, measure, "ratio"))
     if gate.max_memory_ratio is not None:
         checks.append(memory_ratio(gate.max_memory_ratio, measure))
+    if gate.max_instruction_ratio is not None:
+        checks.append(instruction_ratio(gate.max_instruction_ratio, measure))
     checks += absolute_limits(gate, budget, measure)
     checks += target_demands(measure)
     return sealed(checks)

@@ -1,7 +1,11 @@
-"""The limits that need no other model: bytes and milliseconds, of the recipe or of the target."""
+"""The limits that need no other model: bytes, milliseconds, instructions.
+
+Of the recipe or of the target.
+"""
 
 from edgewright.gate.check import Check
 from edgewright.gate.footprint import peak_memory, size
+from edgewright.gate.instructions import instruction_limit
 from edgewright.gate.speed import latency_ms
 from edgewright.recipe import GateSettings
 from edgewright.stage import Report
@@ -17,6 +21,8 @@ def absolute_limits(gate: GateSettings, budget: Budget, measure: Report) -> list
         checks.append(peak_memory(limit, measure))
     for limit in tightest(gate.max_latency_ms, budget.max_latency_ms):
         checks.append(latency_ms(limit, measure))
+    for limit in tightest(gate.max_instructions, budget.max_instructions):
+        checks.append(instruction_limit(limit, measure))
     return checks
 
 

@@ -24,6 +24,7 @@ from edgewright.gate.check import (
     no_number,
     part,
 )
+from edgewright.gate.instructions import ratio
 from edgewright.gate.verdict import sealed
 from edgewright.stage import Report
 
@@ -58,6 +59,7 @@ def against(
         memory(settled, measure),
         size(settled.size, measure),
         cold_start(settled, measure),
+        *instructions(settled, measure),
     ]
 
 
@@ -99,6 +101,14 @@ def cold_start(settled: Settled, measure: Report) -> Check:
     if verdict == INCONCLUSIVE:
         found += ": too little evidence on this machine in the time given"
     return check(name, limit, verdict, found, value, low, high)
+
+
+def instructions(settled: Settled, measure: Report) -> list[Check]:
+    """Instructions of one inference, candidate / baseline: exact; only where they are counted."""
+    if not measure.get("countable"):
+        return []
+    limit = 1 + settled.instructions
+    return [ratio("instructions", limit, limit, measure)]
 
 
 def memory(settled: Settled, measure: Report) -> Check:

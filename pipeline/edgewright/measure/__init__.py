@@ -1,7 +1,8 @@
 """measure: latency, memory, cold start, size and placement of the shipped model on the target.
 
 Everything is relative to the original, re-run beside the candidate; see `race`. Under emulation
-there is no latency and no memory: only whether the model runs, its size, and its kernels.
+there is no latency and no memory: only whether the model runs, its size, its kernels, and the
+instructions it takes.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from edgewright import model as graph
 from edgewright.data import Feed, samples
 from edgewright.errors import UsageError
 from edgewright.measure import host, summary
+from edgewright.measure.instructions import instructions
 from edgewright.measure.placement import profile_nodes
 from edgewright.measure.race import (
     CANDIDATE,
@@ -76,6 +78,9 @@ def failed(
         "latency_reason": reason,
         "memory": None,
         "memory_reason": reason,
+        "countable": target.run.how == "emulate",
+        "instructions": None,
+        "instructions_reason": reason,
         "load": {"ok": False},
         "size": sizes(candidate, original),
         "placement": None,
@@ -192,6 +197,9 @@ def measured(
         "emulated": False,
         "latency": latency,
         "memory": memory,
+        "countable": False,
+        "instructions": None,
+        "instructions_reason": "they are counted under emulation only; here time is measured",
         "load": summary.load(heats),
         "size": sizes(candidate, original),
         "placement": where,
@@ -238,16 +246,33 @@ def emulated(
     launch: Launch,
     tell: Tell,
 ) -> Report:
-    """`compare` under an emulator: does it run, how large is it, which kernels does it get."""
+    """`compare` under an emulator: does it run, how large is it, which kernels does it get.
+
+    And how many instructions it takes beside the other model, where the emulator is on this side.
+    """
     tell("profiling under emulation", 0, 0)
     where = profile_nodes(candidate, target, launch, feeds[:1], EMULATED_RUNS, timed=False)
+    notes = [summary.note("info", f"no latency and no memory: {EMULATED}")]
+    countable = target.run.how == "emulate"
+    if countable:
+        tell("counting instructions", 0, 0)
+        counts, reason = instructions(candidate, original, feeds[0], target)
+        if reason is not None:
+            notes.append(summary.note("warning", f"no instruction counts: {reason}"))
+        elif target.runtime.threads > 1:
+            notes.append(summary.note("info", "instructions are those of one thread"))
+    else:
+        counts, reason = None, "the emulator is behind SSH, where none are counted"
     return {
-        "notes": [summary.note("info", f"no latency and no memory: {EMULATED}")],
+        "notes": notes,
         "emulated": True,
         "latency": None,
         "latency_reason": EMULATED,
         "memory": None,
         "memory_reason": EMULATED_MEMORY,
+        "countable": countable,
+        "instructions": counts,
+        "instructions_reason": reason,
         "load": {"ok": True},
         "size": sizes(candidate, original),
         "placement": where,

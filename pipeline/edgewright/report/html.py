@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from edgewright.report import compression, plots, tables
+from edgewright.report import compression, instructions, plots, tables
 from edgewright.report.tables import find, number, plain, rows, table
 
 TEMPLATE = "report.html.j2"
@@ -61,6 +61,7 @@ def view(report: tables.Report) -> dict[str, Any]:
         "paired": tables.paired(report),
         "total": total_time(report),
         "latency": latency(report, measure),
+        "instructions": instructions.view(measure),
         "kernels": kernels(measure),
         "quantize": quantize(tables.stage_report(report, "quantize")),
         "compression": compression.view(report),

@@ -35,6 +35,9 @@ LABELS = {
     "min_provider_share": "work on the provider",
     "min_int8_share": "work in int8",
     "runs": "loads and runs",
+    "max_instruction_ratio": "instructions, shipped / original",
+    "max_instructions": "instructions",
+    "int8_instructions": "instructions of int8 layers",
 }
 
 
@@ -279,6 +282,9 @@ def latency_tile(report: Report) -> Tile:
     latency = measure.get("latency")
     ratio = number(find(latency, "ratio"))
     if ratio is None or ratio <= 0:
+        counted = number(find(measure, "instructions", "ratio"))
+        if counted is not None and counted > 0:
+            return instruction_tile(measure, counted)
         return unknown("Latency", measure.get("latency_reason"), find(latency, "reason"))
     confidence = number(find(latency, "confidence")) or 0.95
     bounds = bounds_text(find(latency, "ratio_low"), find(latency, "ratio_high"), ratio_text)
@@ -288,6 +294,16 @@ def latency_tile(report: Report) -> Tile:
         times_text(ratio, "faster", "slower", "as fast"),
         f"{clock} ratio {ratio_text(ratio)}, {100 * confidence:g} % bounds {bounds}",
     )
+
+
+def instruction_tile(measure: Report, ratio: float) -> Tile:
+    """What stands in for latency where the target is emulated."""
+    before, after = (
+        count_text(find(measure, "instructions", side, "total"))
+        for side in ("original", "candidate")
+    )
+    detail = f"{before} → {after} of one inference, counted; emulated time is not latency"
+    return Tile("Instructions", times_text(ratio, "fewer", "more", "as many"), detail)
 
 
 def metric_tile(report: Report) -> Tile:
@@ -394,6 +410,8 @@ def check_form(name: str) -> Any:
         return ms_text
     if name.endswith("ratio"):
         return ratio_text
+    if name == "max_instructions":
+        return count_text
     if name in ("min_retained", "min_agreement", "min_provider_share", "min_int8_share"):
         return share_text
     return score_text

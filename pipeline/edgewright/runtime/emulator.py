@@ -10,10 +10,13 @@ import platform
 import re
 import shutil
 import sys
+from pathlib import Path
 
 from edgewright.errors import BadInput, EnvironmentMissing
+from edgewright.runtime import toolchain
 from edgewright.runtime.guest import (
     TIME_FACTOR,
+    cpu_prefix,
     guest_folder,
     guest_launch,
     install_guest,
@@ -48,20 +51,43 @@ def launch(target: Target) -> Launch:
     EnvironmentMissing with the line to type where something is missing, BadInput where the
     profile describes a CPU that cannot be emulated faithfully.
     """
-    check_cpu(target)
-    qemu = find_qemu(target.device.arch)
-    if qemu is None:
-        raise missing(target, f"{qemu_name(target.device.arch)} is not installed", qemu=True)
+    qemu = ready(target)
     if target.device.arch == "x86_64":
         return Launch(
             python=(qemu, "-cpu", target.run.cpu_model, "-L", "/", sys.executable, "-s"),
             address_space=0,
             time_factor=TIME_FACTOR,
         )
-    guest = guest_folder()
-    if not (guest / "guest.json").is_file():
-        raise missing(target, f"no aarch64 Python with onnxruntime in {guest}")
-    return guest_launch(guest, qemu, target.run)
+    return guest_launch(guest_folder(), qemu, target.run)
+
+
+def program(target: Target, *options: str) -> tuple[str, ...]:
+    """What stands before a program of the target's architecture to run it here; see `launch`.
+
+    options: more of QEMU's own.
+    """
+    qemu = ready(target)
+    x86 = target.device.arch == "x86_64"
+    prefix = "/" if x86 else str(cpu_prefix(guest_folder(), target.run))
+    return (qemu, "-cpu", target.run.cpu_model, *options, "-L", prefix)
+
+
+def library(target: Target) -> Path:
+    """The onnxruntime library that programs of an emulated target load."""
+    if target.device.arch == "x86_64":
+        return toolchain.host_library()
+    return toolchain.library_in(guest_folder() / "site/onnxruntime")
+
+
+def ready(target: Target) -> str:
+    """The path of the emulator; EnvironmentMissing unless all is there to run the target."""
+    check_cpu(target)
+    qemu = find_qemu(target.device.arch)
+    if qemu is None:
+        raise missing(target, f"{qemu_name(target.device.arch)} is not installed", qemu=True)
+    if target.device.arch == "aarch64" and not (guest_folder() / "guest.json").is_file():
+        raise missing(target, f"no aarch64 Python with onnxruntime in {guest_folder()}")
+    return qemu
 
 
 def setup(target: Target, tell: Tell) -> None:
@@ -84,6 +110,7 @@ def setup(target: Target, tell: Tell) -> None:
             tell("checking onnxruntime under emulation")
             smoke_check(launch(target))
         launch(target)  # writes the files that describe this target's CPU
+        toolchain.setup(target.device.arch, tell)
     tell(f"{target.name}: ready")
 
 

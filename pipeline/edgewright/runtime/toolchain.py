@@ -74,6 +74,13 @@ def compiler(arch: str) -> str | None:
     return next((path for path in found if path), None)
 
 
+def present(arch: str) -> bool:
+    """Whether the runner and the plug-in are there, or can be compiled."""
+    folder = home() / f"native-{source_digest()}"
+    kept = (folder / f"edge-run-{arch}").is_file() and (folder / "edge-count.so").is_file()
+    return kept or all(compiler(each) for each in (arch, platform.machine()))
+
+
 def setup(arch: str, tell: Tell) -> None:
     """Compile the runner for a target's architecture and the plug-in for this machine.
 

@@ -20,6 +20,8 @@
 #include "ort.h"
 #include "tell.h"
 
+enum { LEAST_CALLS = 3 }; /* whatever --limit says */
+
 static Ort ort;
 
 static void check(OrtStatus *status, int code, const char *doing) {
@@ -252,8 +254,11 @@ static void time_calls(const Model *model, long least, double seconds, long *tur
     size_t room = (size_t)least + 1024, count = 0;
     int64_t *times = allocate(2 * room * sizeof *times);
     OrtValue **outputs = allocate((model->output_count + 1) * sizeof(OrtValue *));
-    int64_t end = now_ns(CLOCK_MONOTONIC) + (int64_t)(seconds * 1e9);
-    while ((long)count < least || (seconds > 0 && now_ns(CLOCK_MONOTONIC) < end)) {
+    int64_t begin = now_ns(CLOCK_MONOTONIC);
+    for (;;) {
+        double passed = (double)(now_ns(CLOCK_MONOTONIC) - begin) / 1e9;
+        if ((long)count >= least && passed >= seconds) break;
+        if (count >= LEAST_CALLS && passed >= set.limit) break;
         if (count == room) {
             int64_t *grown = allocate(4 * room * sizeof *times);
             memcpy(grown, times, 2 * room * sizeof *times);

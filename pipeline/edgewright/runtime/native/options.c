@@ -25,6 +25,7 @@ static const char HELP[] =
     "  --warm-up N           calls before timing (default 1)\n"
     "  --runs N              timed calls, the vectors in turn (default 10)\n"
     "  --seconds S           go on with timed calls for S seconds at least\n"
+    "  --limit S             stop timed calls after S seconds, but not before 3 of them\n"
     "  --requests            for every number N read from standard input, time N calls and print\n"
     "                        their line at once; ends with the input\n"
     "  --threads N           of one call (default 1)\n"
@@ -37,7 +38,7 @@ static const char HELP[] =
     "Exit: 0 done | 1 outputs differ | 2 usage | 3 bad model or inputs | 6 library missing or\n"
     "unfit, disk full, or an instruction this CPU lacks\n";
 
-Options set = {.warm_up = 1, .runs = 10, .threads = 1, .level = 99, .arena = 1};
+Options set = {.warm_up = 1, .runs = 10, .threads = 1, .level = 99, .limit = 1e6, .arena = 1};
 
 long whole(const char *option, const char *text, long least) {
     char *end;
@@ -45,6 +46,14 @@ long whole(const char *option, const char *text, long least) {
     long value = strtol(text, &end, 10);
     if (end == text || *end || errno || value < least || value > 1000000000)
         fail(USAGE, "%s %s: expected a whole number of at least %ld", option, text, least);
+    return value;
+}
+
+static double duration(const char *option, const char *text) {
+    char *end;
+    double value = strtod(text, &end);
+    if (end == text || *end || !(value >= 0 && value < 1e6))
+        fail(USAGE, "%s %s: expected a number of seconds", option, text);
     return value;
 }
 
@@ -70,13 +79,12 @@ void read_options(int count, char **words, int depth) {
         if (!strcmp(word, "--requests")) { set.requests = 1; continue; }
         static const char *const known[] = {"--model", "--inputs", "--library", "--expect",
             "--outputs", "--status", "--warm-up", "--runs", "--threads", "--level", "--seconds",
-            "--config", "--tolerance"};
+            "--limit", "--config", "--tolerance"};
         size_t which = 0, all = sizeof known / sizeof *known;
         while (which < all && strcmp(word, known[which])) which++;
         if (which == all) fail(USAGE, "unknown option %s; see edge-run --help", word);
         if (!value) fail(USAGE, "%s needs a value", word);
         k++;
-        char *end;
         switch (which) {
         case 0: set.model = value; break;
         case 1: set.inputs = value; break;
@@ -88,12 +96,9 @@ void read_options(int count, char **words, int depth) {
         case 7: set.runs = whole(word, value, 0); break;
         case 8: set.threads = whole(word, value, 1); break;
         case 9: set.level = whole(word, value, 0); break;
-        case 10:
-            set.seconds = strtod(value, &end);
-            if (end == value || *end || !(set.seconds >= 0 && set.seconds < 1e6))
-                fail(USAGE, "--seconds %s: expected a number of seconds", value);
-            break;
-        case 11:
+        case 10: set.seconds = duration(word, value); break;
+        case 11: set.limit = duration(word, value); break;
+        case 12:
             if (!strchr(value, '=') || set.config_count == MOST_CONFIGS)
                 fail(USAGE, "--config %s: expected KEY=VALUE, at most %d", value, MOST_CONFIGS);
             set.configs[set.config_count++] = value;

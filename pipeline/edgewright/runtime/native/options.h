@@ -9,7 +9,7 @@ enum { MOST_CONFIGS = 64, MOST_TOLERANCES = 256 };
 typedef struct {
     const char *model, *inputs, *library, *expect, *outputs;
     long warm_up, runs, threads, level;
-    double seconds;
+    double seconds, limit;
     int arena, requests;
     const char *configs[MOST_CONFIGS], *tolerances[MOST_TOLERANCES];
     size_t config_count, tolerance_count;
