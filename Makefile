@@ -48,6 +48,8 @@ build: $(needs)
 
 test: $(dev)
 	@$(bin)/edgewright setup --target arm --target cpu-avx2
+	@[ "$$(uname -m)" != x86_64 ] || $(bin)/edgewright setup --target openvino \
+		|| echo "edgewright: the tests with OpenVINO will be skipped" >&2
 	$(bin)/python -m pytest
 
 lint: $(dev)

@@ -16,8 +16,10 @@ import pytest
 from conftest import tiny_model
 
 from edgewright import measure
+from edgewright.bundle import packages
 from edgewright.errors import BadInput, EnvironmentMissing
 from edgewright.measure import host, placement, race
+from edgewright.quantize import audit
 from edgewright.runtime import doctor, engines, providers, worker
 from edgewright.runtime.cpu import host_isa
 from edgewright.runtime.launch import launch_for, open_on_target
@@ -176,6 +178,21 @@ def test_profiles_of_gpus(name):
     assert not providers.on_host_cpu(target), "so the wall clock decides"
 
 
+def test_a_build_that_cannot_be_had_leaves_nothing(tmp_path, monkeypatch):
+    target = load_target("openvino")
+    if providers.installed(OPENVINO, "CPU")["how"]:
+        pytest.skip("OpenVINO is installed, so no build of it is fetched")
+    monkeypatch.setenv("EDGEWRIGHT_HOME", str(tmp_path))
+    for key in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(EnvironmentMissing, match="downloading onnxruntime-openvino"):
+        providers.setup(target, lambda text: None)
+    assert [p for p in tmp_path.iterdir() if p.is_dir()] == []
+    with pytest.raises(EnvironmentMissing, match="edgewright setup --target openvino"):
+        providers.need_provider(target)
+
+
 # OpenVINO
 
 
@@ -214,6 +231,21 @@ def configured(target, text):
     """The profile with another configuration of OpenVINO."""
     options = {**target.runtime.provider_options, "load_config": text}
     return replace(target, runtime=replace(target.runtime, provider_options=options))
+
+
+def test_no_file_can_hold_what_openvino_compiled(model, openvino, tmp_path):
+    figures, strays = audit.audit(model, [], openvino, tmp_path)
+    assert figures == {"available": False}
+    assert strays == []
+
+
+def test_the_lock_names_what_ran(openvino):
+    names = {
+        f"{one.name} {one.version}"
+        for one in packages.packages(openvino, "")
+        if one.name != "numpy"
+    }
+    assert names == set(providers.runtime_packages(openvino))
 
 
 @pytest.mark.parametrize("text", ["{", '{"CPU": {"NO_SUCH_KEY": "1"}}'])

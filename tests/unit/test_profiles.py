@@ -14,7 +14,8 @@ from edgewright.target import (
 )
 
 SHIPPED = ["arm", "arm-a53", "arm-i8mm", "arm-n1"]
-SHIPPED += ["cpu", "cpu-avx2", "gpu", "openvino", "tensorrt"]
+SHIPPED += ["cpu", "cpu-avx2", "gpu", "openvino", "tensorrt", "xnnpack"]
+SHARES = {"CPUExecutionProvider": 1.0, "XnnpackExecutionProvider": 0.5}
 MINIMAL = {"name": "mine", "description": "a board", "device": {"arch": "aarch64"}}
 
 
@@ -29,8 +30,7 @@ def test_shipped_profile_loads(name):
     assert target.description
     assert target.raw == load_toml(profiles_folder() / f"{name}.toml", "profile")
     assert target.device.compatible, "an install must be able to refuse the wrong device"
-    on_cpu = target.runtime.provider == "CPUExecutionProvider"
-    assert target.runtime.min_provider_share == (1.0 if on_cpu else 0.9)
+    assert target.runtime.min_provider_share == SHARES.get(target.runtime.provider, 0.9)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

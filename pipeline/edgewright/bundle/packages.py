@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.runtime import guest
+from edgewright.runtime.providers import own_build, plugin_package
 from edgewright.target import Target
 
 # Written by the installer, so no part of the wheel.
@@ -37,7 +38,7 @@ class Package:
 
 
 def packages(target: Target, runtime: str) -> list[Package]:
-    """numpy and the runtime, of version `runtime`, as the target runs them."""
+    """numpy, the runtime of version `runtime` and its plug-in, as the target runs them."""
     wanted = {"numpy": ("numpy",), "onnxruntime": guest.ORT_PACKAGES}
     if target.run.how == "ssh":  # installed there, and nothing of it is seen from here
         return [Package(name="onnxruntime", version=runtime)]
@@ -46,9 +47,16 @@ def packages(target: Target, runtime: str) -> list[Package]:
         folder = guest.guest_folder()
         site = folder / "site"
         hashes = json.loads((folder / "guest.json").read_text()).get("sha256", {})
+    own = None
+    if (build := own_build(target)) is not None:
+        own = build / "site"
+        hashes = json.loads((build / "build.json").read_text())["sha256"]
+    if (plugin := plugin_package(target)) is not None:
+        wanted[plugin] = (plugin,)
     found = []
-    for names in wanted.values():
-        package = next((p for name in names if (p := installed(name, site, hashes))), None)
+    for what, names in wanted.items():
+        place = own if own and what == "onnxruntime" else site
+        package = next((p for name in names if (p := installed(name, place, hashes))), None)
         if package is not None:
             found.append(package)
     return found

@@ -79,7 +79,8 @@ def how_it_runs(target: Target) -> str:
         version = emulator.qemu_version(target.device.arch) or "of unknown version"
         model = target.run.cpu_model.partition(",")[0]
         return f"{provider}, emulated: QEMU {version}, CPU model {model}"
-    return " with ".join([f"{provider}, natively", *runtime_packages(target)])
+    packages = " and ".join(runtime_packages(target))
+    return f"{provider}, natively" + (f" with {packages}" if packages else "")
 
 
 def host() -> dict[str, Any]:

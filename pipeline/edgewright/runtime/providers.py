@@ -11,10 +11,11 @@ import importlib.metadata
 import json
 import subprocess
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from edgewright.errors import EnvironmentMissing
-from edgewright.runtime.builds import BUILDS, build_launch, install_build
+from edgewright.runtime.builds import BUILDS, build_folder, build_launch, install_build
 from edgewright.runtime.session import NVIDIA, Launch
 from edgewright.runtime.worker import PLUGINS
 from edgewright.target import Target
@@ -136,12 +137,30 @@ def runtime_packages(target: Target) -> tuple[str, ...]:
         return ()
     found = installed(provider, device_kind(options))
     runtime = f"onnxruntime {found['onnxruntime']}"
-    if found["how"] == "plug-in":
-        package = PLUGINS[provider].replace("_", "-")
+    if (package := plugin_package(target)) is not None:
         return (runtime, f"{package} {importlib.metadata.version(package)}")
     if found["how"]:
         return (runtime,)
-    return (BUILDS[provider].replace("==", " "),) if build_launch(provider) else ()
+    return (BUILDS[provider].replace("==", " "),) if own_build(target) else ()
+
+
+def own_build(target: Target) -> Path | None:
+    """The folder of the build that a native target runs with, None where it needs none."""
+    provider, options = target.runtime.provider, target.runtime.provider_options
+    if provider not in BUILDS or target.run.how != "local":
+        return None
+    if installed(provider, device_kind(options))["how"] or build_launch(provider) is None:
+        return None
+    return build_folder(provider)
+
+
+def plugin_package(target: Target) -> str | None:
+    """The package of the plug-in that a native target runs with."""
+    provider, options = target.runtime.provider, target.runtime.provider_options
+    if provider not in PLUGINS or target.run.how != "local":
+        return None
+    used = installed(provider, device_kind(options))["how"] == "plug-in"
+    return PLUGINS[provider].replace("_", "-") if used else None
 
 
 def setup(target: Target, tell: Callable[[str], None]) -> None:
@@ -160,4 +179,4 @@ def setup(target: Target, tell: Callable[[str], None]) -> None:
         tell(f"{target.name}: {found['reason']}")
         install_build(provider, fault, tell)
     need_provider(target)
-    tell(f"{target.name}: ready, {' with '.join(runtime_packages(target))}")
+    tell(f"{target.name}: ready, {' and '.join(runtime_packages(target))}")
