@@ -4,9 +4,8 @@ The original and the models in between run on this machine; the model that ships
 target's own runtime. Differences are taken per sample, between the same samples.
 """
 
-import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from edgewright.data import samples
 from edgewright.errors import BadInput
 from edgewright.files import sha256_of
 from edgewright.metric import Metric, Run, has_metric, paired_difference
+from edgewright.runtime.ahead import Feeds, Recorder, fingerprint, running_ahead
 from edgewright.runtime.launch import open_on_target
 from edgewright.runtime.local import open_local
+from edgewright.runtime.session import Session
 from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report, Tell
 from edgewright.work import work
@@ -68,14 +69,16 @@ def evaluate(job: Job, notes: Notes) -> Report:
     metric, rises = Metric(job.recipe), job.recipe.data.higher_is_better
     original, shipped = job.models["export"], job.input_model()
     total = 0  # runs of one evaluation, known after the first
+    asked: list[Feeds] = []  # by the metric, of the original
 
     def scored(path: Path, where: str, on_target: bool = False) -> tuple[float, np.ndarray | None]:
-        nonlocal total
-        with opened(job, path, on_target) as plain:
-            counted = Counted(plain, job.tell, f"evaluating {where}", total)
+        nonlocal total, asked
+        with opened(job, path, on_target, asked) as plain:
+            recorder = Recorder(plain)
+            counted = Counted(plain if asked else recorder, job.tell, f"evaluating {where}", total)
             remembered = remembering(counted)
             values = metric.score(remembered), metric.per_sample(remembered)
-        total = counted.runs
+        total, asked = counted.runs, asked or recorder.feeds
         return values
 
     score, samples_before = scored(original, "the original")
@@ -122,13 +125,23 @@ def evaluate(job: Job, notes: Notes) -> Report:
 
 
 @contextmanager
-def opened(job: Job, path: Path, on_target: bool) -> Iterator[Run]:
-    """A way to run the model: through the target's runtime, or on this machine."""
-    if on_target:
-        with open_on_target(path, job.target, name="the shipped model") as session:
-            yield session.run
-    else:
+def opened(job: Job, path: Path, on_target: bool, expected: Sequence[Feeds] = ()) -> Iterator[Run]:
+    """A way to run the model: through the target's runtime, or on this machine.
+
+    expected: inputs that will probably be asked for; an emulated target then uses all cores.
+    """
+    if not on_target:
         yield open_local(path).run
+    elif job.target.run.how == "emulate" and expected:
+        with running_ahead(lambda: open_shipped(job, path), expected) as ahead:
+            yield ahead
+    else:
+        with open_shipped(job, path) as session:
+            yield session.run
+
+
+def open_shipped(job: Job, path: Path) -> Session:
+    return open_on_target(path, job.target, name="the shipped model")
 
 
 class Counted:
@@ -172,16 +185,6 @@ def remembering(plain: Run) -> Run:
         return values
 
     return run_once
-
-
-def fingerprint(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """A digest of names, types, shapes and values."""
-    whole = hashlib.blake2b(digest_size=32)
-    for name in sorted(arrays):
-        value = np.ascontiguousarray(arrays[name])
-        whole.update(f"{name}\0{value.dtype.str}\0{arrays[name].shape}\0".encode())
-        whole.update(value.view(np.uint8).reshape(-1).data if value.ndim else value.tobytes())
-    return whole.digest()
 
 
 def steps(job: Job, metric: Report | None) -> list[Report]:
