@@ -1,13 +1,14 @@
 """Does pruning by a criterion, and distilling with a loss, beat chance and doing nothing?
 
-    python bench/distil_digits.py [--seeds 3] [--steps 300] [--macs 0.3] [--models cnn,lstm]
+    python bench/distil_digits.py [--seeds 0,1,2] [--steps N] [--macs 0.3] [--models cnn,lstm]
 
 Three small nets on scikit-learn's digits (8x8, first half trains, second half tests): a CNN, an
 LSTM over the rows, attention over the rows. Each is trained here on labels, loses units until a
-share of its multiply-accumulates is left, and is then compensated and distilled on unlabelled
-pictures. Prints Markdown: mean test accuracy over the seeds, for every criterion (with and without
-what follows), and for every loss on the units that `hessian` chose. Seeds change the trained net,
-the units of `random`, and the order of the training samples. Finished runs are kept in --runs.
+share of its multiply-accumulates is left, is compensated and distilled on the training pictures
+(their labels are read by one of the losses), and becomes int8. Prints Markdown: test accuracy, mean
+and standard deviation over the seeds, for every criterion and for every loss on the units that
+`hessian` chose. Seeds change the trained net, the units of `random`, and the order of the training
+samples. Every finished cell is a line of --runs, and is not computed again.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
@@ -24,21 +27,26 @@ import torch
 from onnx import numpy_helper, parser
 from sklearn.datasets import load_digits
 
+from edgewright import quantize
+from edgewright.data import Feed
 from edgewright.model import name_nodes
 from edgewright.prune.costs import Costs
 from edgewright.prune.criteria import GRADIENT, scores
-from edgewright.prune.cut import cut
+from edgewright.prune.cut import Kept, cut
 from edgewright.prune.labels import Analysis, analyse
 from edgewright.prune.select import select
-from edgewright.recipe import Distillation
-from edgewright.recover import gradients
+from edgewright.recipe import Distillation, RecoverSettings, parse_recipe
+from edgewright.recover import fitting, gradients
 from edgewright.recover.compensate import compensate
 from edgewright.recover.distill import distill
 from edgewright.recover.executor import to_module
 from edgewright.runtime.local import open_local
-from edgewright.stage import say_nothing
+from edgewright.stage import Job, say_nothing
+from edgewright.target import load_target
 
 SPLIT = 898
+LONG = 1000
+RATES = {"lstm": 2e-2}  # of the original's training, where 0.003 ends too soon
 HEAD = '<ir_version: 8, opset_import: ["" : 18]> g (float[N,8,8] x) => (float[N,10] y) {'
 C3 = "kernel_shape=[3,3], pads=[1,1,1,1]"
 
@@ -131,19 +139,21 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
 X, Y = pictures()
 
 
-def feeds() -> Iterator[dict[str, np.ndarray]]:
-    """Every second training picture, without its label."""
-    return ({"x": X[k : k + 1]} for k in range(0, SPLIT, 2))
+def feeds() -> Iterator[Feed]:
+    """Every training picture, without its label."""
+    return ({"x": X[k : k + 1]} for k in range(SPLIT))
 
 
-def trained(name: str, seed: int, epochs: int = 15) -> onnx.ModelProto:
+@cache
+def trained(name: str, seed: int, epochs: int = 80) -> onnx.ModelProto:
     """The net, trained on the labels of the first half; pictures move by up to a pixel."""
     model = build(name, seed)
     module = to_module(model)
     random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(module.parameters(), 3e-3, weight_decay=1e-2)
+    rate = RATES.get(name, 3e-3)
+    optimizer = torch.optim.AdamW(module.parameters(), rate, weight_decay=1e-2)
     steps = epochs * (SPLIT // 32)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     images, labels = torch.from_numpy(X[:SPLIT]), torch.from_numpy(Y[:SPLIT])
     for _ in range(epochs):
         for rows in torch.randperm(SPLIT, generator=random)[: SPLIT // 32 * 32].view(-1, 32):
@@ -164,11 +174,36 @@ def accuracy(model: onnx.ModelProto) -> float:
     return 100 * float((y.argmax(1) == Y[SPLIT:]).mean())
 
 
-def chosen(
-    model: onnx.ModelProto, analysis: Analysis, criterion: str, share: float, seed: int
-) -> frozenset[int]:
+def int8(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model as the stage `quantize` makes it for `cpu`: rules decide, no clock, no metric."""
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        onnx.save(model, folder / "float.onnx")
+        np.savez(folder / "calibration.npz", x=X[:SPLIT:8])
+        raw = {
+            "model": {"name": "digits", "version": "1", "source": "float.onnx"},
+            "data": {"calibration": "calibration.npz"},
+            "quantize": {"measure": False},
+        }
+        (folder / "out").mkdir()
+        work = Job(recipe=parse_recipe(raw, folder), target=load_target("cpu"),
+                   folder=folder / "out", model=folder / "float.onnx")  # fmt: skip
+        quantize.run(work)
+        return onnx.load(work.output_model())
+
+
+@cache
+def analysed(name: str, seed: int) -> Analysis:
+    return analyse(trained(name, seed))
+
+
+@cache
+def chosen(name: str, seed: int, criterion: str, share: float) -> frozenset[int]:
+    model, analysis = trained(name, seed), analysed(name, seed)
     if criterion in GRADIENT:
-        found = gradients.scores(model, analysis, criterion, feeds, say_nothing, seed=seed)  # type: ignore[arg-type]
+        found = gradients.scores(
+            model, analysis, criterion, feeds, say_nothing, seed=seed, threads=1  # type: ignore[arg-type]
+        )  # fmt: skip
     else:
         found = scores(model, analysis, criterion, feeds, say_nothing, seed)
     costs = Costs(model, analysis, "macs", {"x": (1, 8, 8)})
@@ -176,7 +211,20 @@ def chosen(
     return frozenset(select(analysis, found, costs, share, allocation="uniform").remove)
 
 
+@cache
+def repaired(name: str, seed: int, criterion: str, share: float) -> tuple[onnx.ModelProto, Kept]:
+    """The net after the cut and compensation; do not change it."""
+    model, units = trained(name, seed), chosen(name, seed, criterion, share)
+    small, kept = cut(model, analysed(name, seed), units)
+    settings = RecoverSettings(method="distill")
+    compensate(model, small, kept, lambda: fitting(settings, feeds()), say_nothing)
+    return small, kept
+
+
 CRITERIA = ("random", "l1", "l2", "activation", "hessian", "taylor", "fisher")
+DEFAULT = "both + feature (default)"
+Found = dict[str, float]
+Cells = Iterator[tuple[str, Callable[[], Found]]]
 
 
 def losses(base: Distillation) -> dict[str, Distillation]:
@@ -185,89 +233,145 @@ def losses(base: Distillation) -> dict[str, Distillation]:
         "squared error": replace(base, outputs="value", feature=0.0),
         "both": replace(base, feature=0.0),
         "feature only": replace(base, soft=0.0, feature=1.0),
-        "both + feature (default)": base,
+        DEFAULT: base,
         "both + feature + attention": replace(base, attention=0.5),
-        "default + hard 0.3": replace(base, hard=0.3),
+        "default + true labels, 0.3": replace(base, hard=0.3),
         "default without mixtures": replace(base, mix=False),
     }
 
 
-def one_seed(name: str, seed: int, share: float, base: Distillation) -> dict[str, float]:
-    """Accuracy of every arm for one trained net."""
+def without_training(name: str, seed: int, criterion: str, share: float) -> Found:
+    """Accuracy of the cut, and of the compensated one: what distillation has to beat."""
     model = trained(name, seed)
-    analysis = analyse(model)
-    found = {"original": accuracy(model)}
+    if criterion == "none":
+        return {"float": accuracy(model), "int8": accuracy(int8(model))}
+    units = chosen(name, seed, criterion, share)
+    small = repaired(name, seed, criterion, share)[0]
+    return {
+        "cut": accuracy(cut(model, analysed(name, seed), units)[0]),
+        "compensated": accuracy(small),
+    }
 
-    def student(criterion: str, repaired: bool) -> tuple[onnx.ModelProto, dict]:
-        small, kept = cut(model, analysis, chosen(model, analysis, criterion, share, seed))
-        if repaired:
-            compensate(model, small, kept, feeds, say_nothing)
-        return small, kept
 
+def distilled(
+    name: str, seed: int, criterion: str, share: float, settings: Distillation, then_int8: bool
+) -> Found:
+    start, kept = repaired(name, seed, criterion, share)
+    small = copy.deepcopy(start)
+    labels = Y[:SPLIT] if settings.hard else None
+    told = distill(trained(name, seed), small, feeds, settings, kept=kept, labels=labels)
+    found = {
+        "distilled": accuracy(small),
+        "rate": told["rate"],
+        "distance": told["best"]["distance"],
+        "start": told["start"]["distance"],
+    }
+    return found | ({"int8": accuracy(int8(small))} if then_int8 else {})
+
+
+def cells(seed: int, share: float, base: Distillation, name: str) -> Cells:
+    """Name of each cell of one trained net, and the function that fills it; what matters first."""
+    long = replace(base, steps=LONG)
+    yield "original", partial(without_training, name, seed, "none", share)
+    yield f"{LONG} steps", partial(distilled, name, seed, "hessian", share, long, True)
+    hard = replace(long, hard=0.3)
+    yield f"{LONG} steps, true labels", partial(distilled, name, seed, "hessian", share, hard, True)
     for criterion in CRITERIA:
-        found[f"{criterion}: cut"] = accuracy(student(criterion, False)[0])
-        small, kept = student(criterion, True)
-        found[f"{criterion}: compensated"] = accuracy(small)
-        distill(model, small, feeds, base, kept=kept)
-        found[f"{criterion}: distilled"] = accuracy(small)
-    start, kept = student("hessian", True)
+        yield f"{criterion}: start", partial(without_training, name, seed, criterion, share)
+        also = criterion == "hessian"
+        yield criterion, partial(distilled, name, seed, criterion, share, base, also)
     for words, settings in losses(base).items():
-        small = copy.deepcopy(start)
-        if settings == base:
-            found[words] = found["hessian: distilled"]
-            continue
-        labels = Y[:SPLIT:2] if settings.hard else None
-        distill(model, small, feeds, settings, kept=kept, labels=labels)
-        found[words] = accuracy(small)
-    return found
+        if words != DEFAULT:  # that is the cell `hessian`
+            yield words, partial(distilled, name, seed, "hessian", share, settings, False)
 
 
-def table(title: str, rows: list[str], columns: list[str], cell: Callable[[str, str], str]) -> str:
-    lines = [f"| {title} | " + " | ".join(columns) + " |", "|-" * (len(columns) + 1) + "|"]
-    lines += [f"| {r} | " + " | ".join(cell(r, c) for c in columns) + " |" for r in rows]
-    return "\n".join(lines)
+def spread(runs: list[Found], key: str) -> str:
+    values = [run[key] for run in runs if key in run]
+    if len(values) < 2:
+        return " ".join(f"{v:.2f}" for v in values)
+    return f"{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}"
 
 
-def finished(path: Path) -> list[dict]:
-    """The runs that are done already; delete the file to do them again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def gap(runs: list[Found], against: list[Found], key: str, other: str) -> str:
+    """Mean difference over the seeds, and the least one."""
+    both = zip(runs, against, strict=False)
+    values = [a[key] - b[other] for a, b in both if key in a and other in b]
+    return f"{np.mean(values):+.2f} (least {min(values):+.2f})" if values else ""
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|-" * len(columns) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def show(name: str, runs: list[dict[str, Found]], share: float, base: Distillation) -> None:
+    """The tables of a net as Markdown."""
+    column = {key: [run.get(key, {}) for run in runs] for key in runs[0]}
+    first, plain = column["original"], column.get("hessian: start", [])
+    print(f"\n**{name}**, {share:.0%} of the multiply-accumulates left: original "
+          f"{spread(first, 'float')}, its int8 {spread(first, 'int8')}\n")  # fmt: skip
+    rows = []
+    for words in ("hessian", f"{LONG} steps", f"{LONG} steps, true labels"):
+        if end := column.get(words):
+            title = f"{base.steps} steps" if words == "hessian" else words
+            found = [
+                spread(end, "distilled"),
+                spread(end, "int8"),
+                gap(end, first, "int8", "float"),
+            ]
+            rows.append([title, *found])
+    print(table(["distilled for", "float", "int8", "int8 - original"], rows) + "\n")
+    rows = []
+    for criterion in CRITERIA:
+        if end := column.get(criterion):
+            start = column[f"{criterion}: start"]
+            found = [spread(start, "cut"), spread(start, "compensated"), spread(end, "distilled")]
+            rows.append([criterion, *found, gap(end, column["random"], *["distilled"] * 2)])
+    print(table(["criterion", "cut", "compensated", "distilled", "over random"], rows) + "\n")
+    rows = []
+    for words in losses(base):
+        if end := column.get("hessian" if words == DEFAULT else words):
+            gain = gap(end, plain, "distilled", "compensated")
+            rows.append([words, spread(end, "distilled"), gain, spread(end, "distance")])
+    print(table(["loss", "distilled", "over no distillation", "distance"], rows), flush=True)
 
 
 def main() -> None:
     words = argparse.ArgumentParser()
-    words.add_argument("--seeds", type=int, default=3)
-    words.add_argument("--steps", type=int, default=300)
+    words.add_argument("--seeds", default="0,1,2")
+    words.add_argument("--steps", type=int, default=Distillation().steps)
     words.add_argument("--macs", type=float, default=0.3)
     words.add_argument("--models", default=",".join(NETS))
-    words.add_argument("--threads", type=int, default=1)
-    words.add_argument("--runs", type=Path, default=Path("build/distil_digits.jsonl"))
+    words.add_argument("--runs", type=Path, default=Path("bench/results/distil_digits.jsonl"))
+    words.add_argument("--show", action="store_true", help="print what --runs has, run nothing")
     given = words.parse_args()
-    torch.set_num_threads(given.threads)
-    base = Distillation(steps=given.steps, threads=given.threads)
-    for name in given.models.split(","):
-        runs = []
-        for seed in range(given.seeds):
-            key = {"net": name, "seed": seed, "steps": given.steps, "macs": given.macs}
-            done = [r for r in finished(given.runs) if r["key"] == key]
-            if not done:
-                begin = time.monotonic()
-                found = one_seed(name, seed, given.macs, replace(base, seed=seed))
-                done = [{"key": key, "found": found, "seconds": time.monotonic() - begin}]
-                with given.runs.open("a") as file:
-                    file.write(json.dumps(done[0]) + "\n")
-            runs.append(done[0]["found"])
-
-        def cell(row: str, column: str, runs: list[dict[str, float]] = runs) -> str:
-            key = f"{row}: {column}" if column != "distilled, accuracy" else row
-            values = [run[key] for run in runs]
-            return f"{np.mean(values):.2f} ({min(values):.1f} to {max(values):.1f})"
-
-        first = np.mean([run["original"] for run in runs])
-        print(f"\n{name}: original {first:.2f} %, {given.macs:.0%} of the MACs left\n")
-        print(table("criterion", list(CRITERIA), ["cut", "compensated", "distilled"], cell))
-        print()
-        print(table("loss", list(losses(base)), ["distilled, accuracy"], cell), flush=True)
+    torch.set_num_threads(1)
+    base = Distillation(steps=given.steps, threads=1)
+    given.runs.parent.mkdir(parents=True, exist_ok=True)
+    lines = given.runs.read_text().splitlines() if given.runs.exists() else []
+    done: dict[str, Found] = {json.dumps(r["key"]): r["found"] for r in map(json.loads, lines)}
+    nets = given.models.split(",")
+    runs: dict[str, list[dict[str, Found]]] = {name: [] for name in nets}
+    for seed in map(int, given.seeds.split(",")):
+        for name in nets:
+            found: dict[str, Found] = {}
+            for cell, fill in cells(seed, given.macs, replace(base, seed=seed), name):
+                key = {"net": name, "seed": seed, "cell": cell}
+                key |= {"steps": given.steps, "macs": given.macs}
+                if json.dumps(key) not in done and not given.show:
+                    begin = time.process_time()
+                    values = {k: round(v, 4) for k, v in fill().items()}
+                    values["cpu_s"] = round(time.process_time() - begin, 1)
+                    done[json.dumps(key)] = values
+                    with given.runs.open("a") as file:
+                        file.write(json.dumps({"key": key, "found": values}) + "\n")
+                if json.dumps(key) in done:
+                    found[cell] = done[json.dumps(key)]
+            if found:
+                runs[name].append(found)
+    for name in nets:
+        if runs[name]:
+            show(name, runs[name], given.macs, base)
 
 
 if __name__ == "__main__":

@@ -393,6 +393,26 @@ def test_a_recurrent_layer_whose_batch_is_the_second_axis_runs_all_samples_at_on
             np.testing.assert_allclose(mine.detach().numpy(), theirs.numpy(), atol=1e-6)
 
 
+def test_the_teacher_is_asked_once_about_what_is_held_out(teacher):
+    asked = []
+
+    def counting(feed, names):
+        asked.append(len(feed["x"]))
+        return run(feed, names)
+
+    run = runtime_teacher(teacher, ["y"], 1)
+    feeds = [{"x": X[k : k + 1]} for k in range(6)]
+    pair = Pair(to_module(teacher), counting, [("y", "y")], feeds)
+    asked.clear()
+    first, second = (pair.both([0, 1, 2], None, again=True)[1][0] for _ in range(2))
+    assert asked == [3]
+    np.testing.assert_array_equal(first.numpy(), second.numpy())
+    pair.room = 0  # no memory left: asked again, the same answer
+    pair.both([3, 4], None, again=True)
+    pair.both([3, 4], None, again=True)
+    assert asked == [3, 2, 2]
+
+
 BAD = {
     "steps": ({"steps": 0}, "steps"),
     "no loss": ({"soft": 0.0, "feature": 0.0}, "no loss"),

@@ -163,6 +163,8 @@ class Pair:
         self.stacked = axes is not None
         self.axes = axes or [0] * len(self.mine)
         self.teacher_stacked = self.stacked and stacking(self.run_teacher, feeds) == axes
+        self.known: dict[tuple[int, ...], list[np.ndarray]] = {}
+        self.room = MEMORY
 
     def run_student(self, feed: Feed) -> list[np.ndarray]:
         with torch.no_grad():
@@ -183,12 +185,13 @@ class Pair:
         return list(found.values())
 
     def both(
-        self, rows: Sequence[int], mix: np.random.Generator | None = None
+        self, rows: Sequence[int], mix: np.random.Generator | None = None, again: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The wanted tensors of student and teacher for one group of samples.
 
         mix: draws how much of another sample each one gets; the teacher sees the mixture too
-        (Beyer et al., A good teacher is patient and consistent, 2106.05237).
+        (Beyer et al., A good teacher is patient and consistent, 2106.05237). again: this group
+        will be asked for again, unmixed: what the teacher says is remembered, up to MEMORY bytes.
         """
         feeds = [self.feeds[k] for k in rows]
         feed = stack(feeds) if len(feeds) > 1 else feeds[0]
@@ -200,17 +203,25 @@ class Pair:
                         name
                     ]
         mine = self.student(tensors(feed), self.mine)
-        if len(feeds) == 1 or self.teacher_stacked:
-            theirs = self.run_teacher(feed)
-        else:
-            size = len(feeds)
-            parts = [
-                self.run_teacher({n: v[k : k + 1] if v.ndim else v for n, v in feed.items()})
-                for k in range(size)
-            ]
-            values = zip(self.axes, *parts, strict=True)
-            theirs = [np.concatenate(rows, axis) for axis, *rows in values]
+        theirs = self.known.get(tuple(rows)) if again else None
+        if theirs is None:
+            theirs = self.answers(feed, len(feeds))
+            size = sum(v.nbytes for v in theirs)
+            if again and size <= self.room:
+                self.known[tuple(rows)] = theirs
+                self.room -= size
         return mine, [torch.from_numpy(np.array(v)) for v in theirs]
+
+    def answers(self, feed: Feed, size: int) -> list[np.ndarray]:
+        """The teacher's tensors for `size` samples, one after the other where it must be."""
+        if size == 1 or self.teacher_stacked:
+            return self.run_teacher(feed)
+        parts = [
+            self.run_teacher({n: v[k : k + 1] if v.ndim else v for n, v in feed.items()})
+            for k in range(size)
+        ]
+        values = zip(self.axes, *parts, strict=True)
+        return [np.concatenate(rows, axis) for axis, *rows in values]
 
 
 def rows_of_step(train: Sequence[int], batch: int, step: int, seed: int) -> list[int]:

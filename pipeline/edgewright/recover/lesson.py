@@ -131,10 +131,10 @@ class Lesson:
     penalty: Callable[[int], Tensor] | None = None
 
     def values(
-        self, rows: list[int], mix: np.random.Generator | None
+        self, rows: list[int], mix: np.random.Generator | None, again: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The compared tensors: logits where outputs are compared, without what was pruned."""
-        mine, theirs = self.pair.both(rows, mix)
+        mine, theirs = self.pair.both(rows, mix, again)
         by_output = {s.output: (s, t) for s, t in self.targets}
         for k, match in enumerate(self.matches):
             if match.target is not None:
@@ -179,7 +179,7 @@ class Lesson:
         with torch.no_grad():
             for start in range(0, len(self.held), self.settings.batch):
                 for group in self.pair.groups(self.held[start : start + self.settings.batch]):
-                    mine, theirs = self.values(group, None)
+                    mine, theirs = self.values(group, None, again=True)
                     for match, s, t in zip(self.matches, mine, theirs, strict=True):
                         if match.target is None:
                             continue
