@@ -125,8 +125,9 @@ class PruneSettings:
     (named after their first weight) to leave whole. steps: rounds of scoring and cutting.
     samples: calibration samples to read. max_drop: share of the metric that prune and recover
     may cost together; where they cost more, less is pruned, found by bisection. Not given: no
-    limit but the gate's. zero: instead of whole units, zero single weights in this pattern,
-    "magnitude" or N:M such as "2:4"; smaller when compressed, as fast as before on most CPUs.
+    limit but the gate's. zero: instead of whole units, zero single weights in this pattern:
+    "magnitude", "tensor", N:M such as "2:4", or blocks of outputs by inputs such as "4x1";
+    smaller when compressed, as fast as before on most CPUs.
     soft: train before the cut (needs torch). grow: a growing decay empties the chosen units;
     lasso: group sparsity on all units, chosen from afterwards; regrow: the weakest units (by
     energy, whatever the criterion) are zeroed again and again, and may come back until the end.
@@ -451,11 +452,13 @@ def check_prune(prune: PruneSettings, where: str) -> None:
         )
     if (
         prune.zero
-        and prune.zero != "magnitude"
-        and not re.fullmatch(r"[1-9]\d?:[1-9]\d?", prune.zero)
+        and prune.zero not in ("magnitude", "tensor")
+        and not re.fullmatch(r"[1-9]\d?[:x][1-9]\d?", prune.zero)
     ):
         raise BadInput(
-            f"{where}: prune.zero", expected='"magnitude" or N:M such as "2:4"', found=prune.zero
+            f"{where}: prune.zero",
+            expected='"magnitude", "tensor", N:M such as "2:4" or blocks such as "4x1"',
+            found=prune.zero,
         )
 
 

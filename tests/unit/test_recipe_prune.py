@@ -34,6 +34,7 @@ HALF = {"budget": {"macs": 0.5}}
         ({"prune": {**HALF, "samples": 1}}, "prune.samples"),
         ({"prune": {**HALF, "max_drop": 0}}, "prune.max_drop"),
         ({"prune": {**HALF, "zero": "2-4"}}, "N:M"),
+        ({"prune": {**HALF, "zero": "0x4"}}, "blocks such as"),
         ({"prune": {**HALF, "ratio": 0.5}}, "unknown key 'ratio'"),
         ({"prune": {**HALF, "soft": "hard"}}, "prune.soft"),
         ({"prune": {**HALF, "train": {"steps": 10}}}, "prune.train without prune.soft"),

@@ -7,7 +7,7 @@ from onnx import numpy_helper, parser
 
 from edgewright import pruning
 from edgewright.errors import BadInput
-from edgewright.prune.unstructured import n_of_m, prunable, sparse
+from edgewright.prune.unstructured import block_mask, n_of_m, prunable, sparse
 from edgewright.recipe import parse_recipe
 from edgewright.stage import Job
 from edgewright.target import load_target
@@ -32,7 +32,7 @@ def values(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def test_weights_are_known_with_the_axis_they_are_summed_over():
-    assert prunable(net()) == {"w": 1, "v": 1}
+    assert prunable(net()) == {"w": (0, 1), "v": (0, 1)}
 
 
 def test_two_of_four_are_the_two_largest():
@@ -43,14 +43,14 @@ def test_two_of_four_are_the_two_largest():
 
 def test_n_of_m_holds_along_the_summed_axis_of_every_weight():
     result, report = sparse(net(), "2:4")
-    for name, axis in prunable(net()).items():
+    for name, (_, axis) in prunable(net()).items():
         parts = np.moveaxis(values(result)[name], axis, -1)
         counts = (parts.reshape(-1, 4) != 0).sum(1)
         assert (counts == 2).all()
     assert report["zeros"] * 2 == report["weights"] == 16 * 8 * 9 + 48
 
 
-@pytest.mark.parametrize("pattern", ["magnitude", "tensor", "block"])
+@pytest.mark.parametrize("pattern", ["magnitude", "tensor", "1x4", "2x4"])
 def test_the_share_goes_and_what_stays_is_larger(pattern):
     model = net()
     result, report = sparse(model, pattern, 0.75)
@@ -63,9 +63,32 @@ def test_the_share_goes_and_what_stays_is_larger(pattern):
         np.testing.assert_array_equal(after[name][kept], before[name][kept])
         if pattern == "tensor":
             assert np.abs(before[name][kept]).min() >= np.abs(before[name][~kept]).max()
-        if pattern == "block":
-            runs = np.moveaxis(kept, 1, -1).reshape(-1, 4)
-            assert set(runs.sum(1)) == {0, 4}
+        if "x" in pattern:
+            tall = int(pattern[0]) if name == "w" else 1  # three outputs: the last block is short
+            runs = np.moveaxis(kept[: kept.shape[0] // tall * tall], 1, -1)
+            runs = runs.reshape(-1, tall, runs[0, ..., 0].size, runs.shape[-1] // 4, 4)
+            assert set(runs.sum((1, 4)).reshape(-1)) == {0, 4 * tall}
+
+
+def test_blocks_are_counted_by_hand():
+    # Rows are outputs, columns inputs; 2x2 blocks, the last row and column short. Mean squares:
+    # 1, 9, 16 / 4, 0.25: a half of the six blocks with the least mean square goes.
+    weight = np.array([[1, 1, 3, 3, 5], [1, 1, 3, 3, 5], [2, 2, 0.5, 0.5, 6]])
+    want = [[0, 0, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]
+    np.testing.assert_array_equal(block_mask(weight, (0, 1), (2, 2), 0.5), np.array(want, bool))
+    turned = block_mask(weight.T, (1, 0), (2, 2), 0.5)  # outputs last, as MatMul stores them
+    np.testing.assert_array_equal(turned, np.array(want, bool).T)
+
+
+def test_blocks_of_a_matmul_join_outputs():
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[N,6] x) => (float[N,8] y) {'
+        " y = MatMul (x, w) }"
+    )
+    value = np.random.default_rng(0).normal(size=(6, 8)).astype("f")
+    model.graph.initializer.append(numpy_helper.from_array(value, "w"))
+    kept = values(sparse(model, "4x1", 0.5)[0])["w"] != 0
+    assert set(kept.reshape(6, 2, 4).sum(-1).reshape(-1)) == {0, 4}
 
 
 def test_tensors_of_all_sizes_lose_their_share():
@@ -90,6 +113,9 @@ def test_the_gain_is_told_as_it_is():
         ("magnitude", 1.0),
         ("tensor", 1.5),
         ("4:2", 0.5),
+        ("1x1", 0.5),
+        ("0x4", 0.5),
+        ("4x1", 1.0),
         ("x", 0.5),
         ("0:4", 0.5),
     ],
@@ -101,6 +127,8 @@ def test_bad_patterns_and_shares_are_refused(pattern, share):
 
 def test_a_recipe_asks_for_it(tmp_path):
     onnx.save(net(), tmp_path / "model.onnx")
+    inputs = np.random.default_rng(1).normal(size=(4, 8, 6, 6)).astype("f")
+    np.savez(tmp_path / "c.npz", x=inputs)
     words = {
         "model": {"name": "net", "version": "1.0.0", "source": "model.onnx"},
         "data": {"calibration": "c.npz", "evaluation": "e.npz", "metric": "score.py:score"},
@@ -117,4 +145,5 @@ def test_a_recipe_asks_for_it(tmp_path):
     stored = values(onnx.load(job.output_model()))
     zeros = sum((stored[k] == 0).sum() for k in ("w", "v"))
     assert zeros == round(0.7 * (16 * 8 * 9 + 48))
+    assert 0.5 < report["cpu_ratio"] < 2  # the same kernels multiply zeros as well
     assert any("latency stay" in n["text"] for n in report["notes"])

@@ -2,6 +2,7 @@
 faster by itself: a file gains what a compressor finds, kernels of most CPUs gain nothing.
 """
 
+import re
 import zlib
 from typing import Any
 
@@ -16,33 +17,33 @@ from edgewright.model import array, initializers
 LEVEL = 9  # of zlib, which stands for what a transport does
 
 
-def prunable(model: onnx.ModelProto) -> dict[str, int]:
-    """Stored float weights of two dimensions and more, and the axis along which a layer sums.
+def prunable(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+    """Stored float weights of two dimensions and more: the axes of outputs and of what is summed.
 
     Of Conv, ConvTranspose, Gemm, MatMul and the recurrent layers; weights that nodes of
     different axes share are left out.
     """
     stored = initializers(model.graph)
-    found: dict[str, set[int]] = {}
+    found: dict[str, set[tuple[int, int]]] = {}
     for node in model.graph.node:
-        places: list[tuple[int, int]] = []
+        places: list[tuple[int, int, int]] = []
         if node.op_type == "Conv":
-            places = [(1, 1)]
+            places = [(1, 0, 1)]
         elif node.op_type == "ConvTranspose":
-            places = [(1, 0)]
+            places = [(1, 1, 0)]
         elif node.op_type == "MatMul":
-            places = [(1, -2), (0, -1)]
+            places = [(1, -1, -2), (0, -2, -1)]
         elif node.op_type == "Gemm":
             turned = any(a.name == "transB" and a.i for a in node.attribute)
-            places = [(1, 1 if turned else 0)]
+            places = [(1, 0, 1) if turned else (1, 1, 0)]
         elif node.op_type in GATES:
-            places = [(1, 2), (2, 2)]
-        for k, axis in places:
+            places = [(1, 1, 2), (2, 1, 2)]
+        for k, out, summed in places:
             tensor = stored.get(node.input[k]) if k < len(node.input) else None
             if tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT:
                 rank = len(tensor.dims)
                 if rank >= 2:
-                    found.setdefault(tensor.name, set()).add(axis % rank)
+                    found.setdefault(tensor.name, set()).add((out % rank, summed % rank))
     return {name: axes.pop() for name, axes in found.items() if len(axes) == 1}
 
 
@@ -66,36 +67,42 @@ def n_of_m(weight: np.ndarray, axis: int, n: int, m: int) -> np.ndarray:
     return np.moveaxis(mask, -1, axis)
 
 
-def block_energy(weight: np.ndarray, axis: int, block: int) -> np.ndarray:
-    """Mean square of every run of `block` neighbours along the axis, repeated over the run."""
-    moved = np.moveaxis(weight.astype(np.float64) ** 2, axis, -1)
-    ends = np.arange(0, moved.shape[-1], block)
-    sums = np.add.reduceat(moved, ends, axis=-1)
-    lengths = np.diff([*ends, moved.shape[-1]])
-    return np.moveaxis(np.repeat(sums / lengths, lengths, axis=-1), -1, axis)
+def block_mask(
+    weight: np.ndarray, axes: tuple[int, int], block: tuple[int, int], share: float
+) -> np.ndarray:
+    """Mask without the blocks of least mean square; a share of the blocks goes.
 
-
-def block_mask(weight: np.ndarray, axis: int, block: int, share: float) -> np.ndarray:
-    """Mask without the runs of least energy along the axis; a share of the runs goes."""
-    moved = np.moveaxis(block_energy(weight, axis, block), axis, -1)
-    ends = np.arange(0, moved.shape[-1], block)
-    lengths = np.diff([*ends, moved.shape[-1]])
-    kept = np.repeat(smallest(moved[..., ends], share), lengths, axis=-1)
-    return np.moveaxis(kept, -1, axis)
+    block: how many neighbours along each of the axes; those at the end may be smaller.
+    """
+    energy, count = weight.astype(np.float64) ** 2, np.ones(weight.shape)
+    lengths = {}
+    for axis, size in zip(axes, block, strict=True):
+        starts = np.arange(0, weight.shape[axis], size)
+        lengths[axis] = np.diff([*starts, weight.shape[axis]])
+        energy = np.add.reduceat(energy, starts, axis)
+        count = np.add.reduceat(count, starts, axis)
+    kept = smallest(energy / count, share)
+    for axis, length in lengths.items():
+        kept = np.repeat(kept, length, axis)
+    return kept
 
 
 def sparse(
-    model: onnx.ModelProto, pattern: str, share: float = 0.5, block: int = 4
+    model: onnx.ModelProto, pattern: str, share: float = 0.5
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """A copy of the model with zeros in its weights, and what that is worth.
 
     pattern: "magnitude" (the smallest of the whole model, each weight measured by its tensor's
-    root mean square), "tensor" (the smallest of each tensor), "block" (runs of `block` along
-    the summed axis, of each tensor), or "N:M" ("2:4" keeps 2 of every 4; `share` is not read).
+    root mean square), "tensor" (the smallest of each tensor), "RxC" (blocks of R outputs by C
+    summed inputs, of each tensor), or "N:M" ("2:4" keeps 2 of every 4; `share` is not read).
     share: of the weights that become zero. Raises BadInput for a share outside (0, 1), an
     unknown pattern, and a model without weights.
     """
-    n, m = parse_pattern(pattern, share, block)
+    kind, numbers = parse_pattern(pattern)
+    if kind != "N:M" and not 0 < share < 1:
+        raise BadInput(
+            "the share of weights to zero", expected="above 0 and below 1", found=repr(share)
+        )
     result = onnx.ModelProto()
     result.CopyFrom(model)
     stored, axes = initializers(result.graph), prunable(model)
@@ -103,40 +110,38 @@ def sparse(
         raise BadInput("the model stores no weights that can become zero")
     weights = {name: array(stored[name]) for name in axes}
     masks: dict[str, np.ndarray] = {}
-    if pattern == "magnitude":
+    if kind == "magnitude":
         sizes = {k: np.abs(w) / (np.sqrt((w**2).mean()) or 1.0) for k, w in weights.items()}
         flat = smallest(np.concatenate([s.reshape(-1) for s in sizes.values()]), share)
         ends = np.cumsum([w.size for w in weights.values()])[:-1]
         for name, part in zip(weights, np.split(flat, ends), strict=True):
             masks[name] = part.reshape(weights[name].shape)
     for name, weight in weights.items():
-        if pattern == "tensor":
+        if kind == "tensor":
             masks[name] = smallest(np.abs(weight), share)
-        elif pattern == "block":
-            masks[name] = block_mask(weight, axes[name], block, share)
-        elif m:
-            masks[name] = n_of_m(weight, axes[name], n, m)
+        elif kind == "block":
+            masks[name] = block_mask(weight, axes[name], numbers, share)
+        elif kind == "N:M":
+            masks[name] = n_of_m(weight, axes[name][1], *numbers)
         values = weight * masks[name]
         stored[name].CopyFrom(numpy_helper.from_array(values.astype(np.float32), name))
     return result, worth(model, result, masks, pattern)
 
 
-def parse_pattern(pattern: str, share: float, block: int) -> tuple[int, int]:
-    """N and M of an N:M pattern, zeros for the others."""
-    if pattern in ("magnitude", "tensor", "block"):
-        if not 0 < share < 1:
-            raise BadInput(
-                "the share of weights to zero", expected="above 0 and below 1", found=repr(share)
-            )
-        if block < 2 and pattern == "block":
-            raise BadInput("the block of weights", expected="2 or more", found=str(block))
-        return 0, 0
-    words = pattern.split(":")
-    if len(words) == 2 and all(w.isdecimal() for w in words) and 0 < int(words[0]) < int(words[1]):
-        return int(words[0]), int(words[1])
+def parse_pattern(pattern: str) -> tuple[str, tuple[int, int]]:
+    """ "magnitude", "tensor", "N:M" or "block", and the two numbers of the latter two."""
+    if pattern in ("magnitude", "tensor"):
+        return pattern, (0, 0)
+    if found := re.fullmatch(r"([1-9]\d?)([:x])([1-9]\d?)", pattern):
+        first, second = int(found[1]), int(found[3])
+        if found[2] == ":" and first < second:
+            return "N:M", (first, second)
+        if found[2] == "x" and first * second > 1:
+            return "block", (first, second)
     raise BadInput(
         "the pattern of zeros",
-        expected='"magnitude", "tensor", "block", or N:M with 0 < N < M such as "2:4"',
+        expected='"magnitude", "tensor", blocks of outputs by inputs such as "4x1", or N:M with '
+        '0 < N < M such as "2:4"',
         found=repr(pattern),
     )
 
