@@ -100,6 +100,7 @@ def explain(bundle: Path, trust: Trust | None) -> Json:
         "evidence": parts.get(manifest.BENCHMARK),
         "model": facts["model"],
         "pool": facts.get("pool"),
+        "formats": facts.get("formats", []),
         "needs": {
             "device": facts["device"],
             "compatible": facts["compatible"],
@@ -131,6 +132,11 @@ def lines(found: Json) -> list[tuple[str, str]]:
         out.append(("weights", text))
     else:
         out.append(("model", f"{model['bytes']} bytes, sha256 {model['sha256']}"))
+    sizes = {file["path"]: file["size"] for file in found["contents"]}
+    for row in found["formats"]:
+        marked = "" if row["reproducible"] else "; not reproducible, two builds give other bytes"
+        what = f"{row['path']}: {sizes[row['path']]} bytes, version {row['version']}{marked}"
+        out.append((f"as {row['format']}", what))
     if quantization := model["quantization"]:
         scheme = f"{quantization['int8_nodes']} nodes int8, {quantization['float_nodes']} float"
         out.append(("int8", scheme))

@@ -92,6 +92,7 @@ def pool_bundles(
             "files": rows,
             "self_test": {k: proof[k] for k in ("vectors", "max_abs")},
             **report,
+            "notes": [*report["notes"], *(left_out(part) for part in parts if formats(part))],
         }
 
 
@@ -117,6 +118,18 @@ def check_alike(parts: Sequence[Part]) -> None:
                     found=json.dumps(theirs, sort_keys=True)[:200],
                     hint="build them for one target, with one runtime",
                 )
+
+
+def formats(part: Part) -> list[Json]:
+    """Its formats beside ONNX."""
+    found: list[Json] = part.facts.get("formats", [])
+    return found
+
+
+def left_out(part: Part) -> Json:
+    names = ", ".join(row["path"] for row in formats(part))
+    text = f"{part.name}: {names} is left out, as it keeps no weights in another file"
+    return {"level": "warning", "text": text}
 
 
 def runtime(part: Part) -> Json:
@@ -168,7 +181,7 @@ def contents(parts: Sequence[Part], made: Path) -> tuple[Manifest, dict[str, byt
     sequences = [part.facts["sequence"] for part in parts]
     pool = {"weights": manifest.WEIGHTS, "places": manifest.PLACES, "models": rows}
     return {
-        **first,
+        **{key: value for key, value in first.items() if key != "formats"},
         "sequence": sum(sequences) if all(sequences) else 0,
         "source_date_epoch": max(part.facts["source_date_epoch"] for part in parts),
         "expires": min(ends, default=None),

@@ -67,13 +67,15 @@ def compare(old: Verified, there: dict[str, Json], new: Verified, here: dict[str
     """{"identical", "stage", "files", "inputs", "settings", "versions"}: what differs of each.
 
     "stage" is the first one whose model differs, "" where all are equal; the others are rows of
-    a name, what it was "there" (in the bundle) and what it is "here".
+    a name, what it was "there" (in the bundle) and what it is "here". "marked": the files that
+    the bundle says are not reproducible.
     """
     stages = differing(*(by_name(d, "runDetails", "byproducts", "stage") for d in (there, here)))
     return {
         "identical": old.manifest_bytes == new.manifest_bytes,
         "stage": stages[0]["name"] if stages else "",
         "stages": stages,
+        "marked": [r["path"] for r in old.manifest.get("formats", ()) if not r["reproducible"]],
         "files": differing(
             *({f["path"]: f["sha256"] for f in v.manifest["files"]} for v in (old, new))
         ),

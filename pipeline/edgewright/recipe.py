@@ -251,13 +251,15 @@ class ReleaseSettings:
     sequence: grows with every release of one name and target; a device that runs a later one
     refuses this one. 0: not set, so nothing protects from going back. expires: the day (UTC,
     "2027-06-30") from whose start on no device installs it. license: of the model, an SPDX
-    expression; license_file: its text, which travels with the model.
+    expression; license_file: its text, which travels with the model. formats: what the model is
+    shipped in beside ONNX; "ort" with the operators and types for a reduced build of the runtime.
     """
 
     sequence: int = 0
     expires: str = ""
     license: str = ""
     license_file: str = ""
+    formats: tuple[Literal["ort"], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

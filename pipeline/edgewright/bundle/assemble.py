@@ -14,6 +14,7 @@ from edgewright import model as models
 from edgewright.bundle import (
     bom,
     evidence,
+    formats,
     golden,
     manifest,
     packages,
@@ -50,6 +51,7 @@ def run(job: Job) -> Report:
     path = job.input_model()
     model = load(path)
     proof = prove(job, path, model)
+    others, more = formats.make(job, path, proof.feeds, proof.outputs, proof.tolerances)
     found = packages.packages(job.target, proof.made_with["runtime"])
     files: dict[str, bytes | Path] = {
         manifest.MODEL: path,
@@ -58,6 +60,7 @@ def run(job: Job) -> Report:
         manifest.LOCK: packages.lock(found),
         manifest.OPERATORS: operators_config(model),
         **licenses(job, found),
+        **more,
     }
     verdict, gate = None, None
     if gate_report := job.reports.get("gate"):
@@ -67,6 +70,8 @@ def run(job: Job) -> Report:
         verdict = {"verdict": gate_report["verdict"], "report": manifest.GATE_REPORT}
     entries = {name: entry(name, source) for name, source in files.items()}
     facts = describe(job, model, proof, verdict, time_stamp, entries)
+    if others:
+        facts["formats"] = others
     bench = evidence.benchmark(job.reports, {**facts["model"], "nodes": len(model.graph.node)})
     sources = read_by(job)
     files[manifest.BENCHMARK] = manifest.canonical(bench)
@@ -85,6 +90,9 @@ def run(job: Job) -> Report:
     settings = job.recipe.model
     out = job.folder / f"{settings.name}-{settings.version}-{job.target.name}.bundle.tar"
     digest, rows = archive(out, facts, files)
+    for source in more.values():
+        if isinstance(source, Path):
+            source.unlink()  # it is in the bundle
     sent = None
     if job.recipe.share is not None and job.recipe.share.compress:
         job.tell("compressing the bundle")
@@ -96,6 +104,7 @@ def run(job: Job) -> Report:
         "bytes": out.stat().st_size,
         "compressed": sent,
         "files": rows,
+        "formats": [{**row, "bytes": entries[row["path"]]["size"]} for row in others],
         "golden": {"count": len(proof.feeds), "tolerances": proof.tolerances},
         "notes": remarks(job, proof),
     }

@@ -26,6 +26,8 @@ PATH = "manifest.json"
 MODEL = "model/model.onnx"
 GOLDEN_INPUTS = "model/golden/in.npz"
 GOLDEN_OUTPUTS = "model/golden/out.npz"
+ORT = "model/model.ort"  # on request: for runtimes without ONNX support
+ORT_OPERATORS = "runtime/required_operators_and_types.config"
 WEIGHTS = "model/weights.bin"  # in a bundle of several models: what they have in common
 PLACES = "model/weights.json"
 LOCK = "runtime/lock.txt"
@@ -196,6 +198,8 @@ def files_fault(manifest: Manifest) -> str:
         if len({part["name"].lower() for part in parts}) != len(parts):
             return "pool: two models have one name"
         named += [pool["weights"], pool["places"]]
+    for row in manifest.get("formats", ()):
+        named += [row["path"], row["config"]]
     for part in parts:
         named += [part["model"]["path"], part["golden"]["inputs"], part["golden"]["outputs"]]
     for path in named:

@@ -133,7 +133,8 @@ def rebuilt(bundle: Path, recipe: Recipe, target: Target, trust: Any, as_json: b
         for part in ("inputs", "settings", "versions", "stages", "files"):
             for row in found[part]:
                 texts = [json.dumps(row[k], sort_keys=True)[:80] for k in ("there", "here")]
-                table.append((f"{part}: {row['name']}", ", ".join(texts)))
+                marked = "marked as not reproducible: " if row["name"] in found["marked"] else ""
+                table.append((f"{part}: {row['name']}", marked + ", ".join(texts)))
         emit_table(table)
     return 0 if found["identical"] else IntegrityError.exit_code
 

@@ -261,7 +261,8 @@ class Server:
         options.enable_cpu_mem_arena = header.get("arena", True)
         for key, value in header.get("session", {}).items():
             options.add_session_config_entry(key, value)
-        self.borrowed = list(shared_tensors(header.get("weights"), header.get("places", {})))
+        beside = os.path.join(os.path.dirname(header["model"]), header.get("weights", ""))
+        self.borrowed = list(shared_tensors(beside, header.get("places", {})))
         for name, value in self.borrowed:
             options.add_initializer(name, value)
             # Or the session would make copies of its own, as it always does otherwise.
