@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgewright.errors import EnvironmentMissing, IntegrityError
-from edgewright.runtime import doctor, emulator, guest, installing
+from edgewright.runtime import doctor, emulator, guest, installing, toolchain
 from edgewright.runtime.launch import host_isa, session_options
 from edgewright.runtime.session import Launch, Session
 from edgewright.target import load_target, target_names
@@ -96,7 +96,7 @@ def x() -> np.ndarray:
     return np.random.default_rng(1).random(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["arm", "arm-a53", "arm-i8mm"])
+@pytest.mark.parametrize("name", ["arm", "arm-a53", "arm-i8mm", "arm-n1"])
 @pytest.mark.parametrize("activations", ["int8", "uint8"])
 def test_arm_int8_is_exact_and_equals_the_host(name, activations, x, tmp_path):
     launch = launch_or_skip(name)
@@ -246,6 +246,7 @@ def fake_build(folder: Path) -> None:
 
 def test_setup_cleans_what_an_interrupted_one_left(bare, monkeypatch):
     add_tool(bare, "qemu-aarch64")
+    monkeypatch.setattr(toolchain, "setup", lambda arch, tell: None)
     folder = guest.guest_folder()
     leftover = folder.parent / f".new-{folder.name}-abc"
     leftover.mkdir(parents=True)
@@ -269,6 +270,16 @@ def test_failing_setup_leaves_nothing(bare, monkeypatch):
         emulator.setup(load_target("arm"), print)
     folder = guest.guest_folder()
     assert [p.name for p in folder.parent.iterdir()] == [f".{folder.name}.lock"]
+
+
+def test_setup_without_root_or_a_compiler_names_the_packages(bare, monkeypatch):
+    add_tool(bare, "qemu-aarch64")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(guest, "build_guest", lambda folder, *_: fake_build(folder))
+    message = "sudo apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
+    with pytest.raises(EnvironmentMissing, match=message) as caught:
+        emulator.setup(load_target("arm"), print)
+    assert caught.value.exit_code == 6
 
 
 def test_full_disk_is_an_environment_error(bare, monkeypatch):
@@ -300,6 +311,7 @@ def test_two_setups_at_once_build_one_guest(bare, monkeypatch):
         fake_build(folder)
 
     monkeypatch.setattr(guest, "build_guest", build)
+    monkeypatch.setattr(toolchain, "setup", lambda arch, tell: None)
     threads = [
         threading.Thread(target=emulator.setup, args=(load_target(name), told.append))
         for name in ("arm", "arm-a53")

@@ -5,6 +5,7 @@ Whatever fails here is an EnvironmentMissing with what was said and what to do n
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from edgewright.errors import EnvironmentMissing
 
 COMMAND_TIMEOUT_S = 1800.0
+WAIT = ("-o", "DPkg::Lock::Timeout=600")
+SILENT = {"DEBIAN_FRONTEND": "noninteractive"}
 SOURCES_VARIABLE = "EDGEWRIGHT_APT_SOURCES"
 
 Tell = Callable[[str], None]
@@ -72,15 +75,21 @@ def install_packages(names: Sequence[str], tell: Tell) -> None:
     """Install packages of the distribution; for root."""
     need_tools("apt-get")
     tell(f"installing {', '.join(names)} from the distribution")
-    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    wait = ("-o", "DPkg::Lock::Timeout=600")
-    with contextlib.suppress(EnvironmentMissing):  # stale lists may do; installing decides
-        command(["apt-get", *wait, "update"], "reading the package lists", env=env)
+    read_lists()
     command(
-        ["apt-get", *wait, "install", "-y", "--no-install-recommends", *names],
+        ["apt-get", *WAIT, "install", "-y", "--no-install-recommends", *names],
         f"installing {', '.join(names)}",
-        env=env,
+        env={**os.environ, **SILENT},
     )
+
+
+@functools.cache
+def read_lists() -> None:
+    """Bring the package lists up to date, once; stale ones may do, installing decides."""
+    with contextlib.suppress(EnvironmentMissing):
+        command(
+            ["apt-get", *WAIT, "update"], "reading the package lists", env={**os.environ, **SILENT}
+        )
 
 
 def need_tools(*names: str) -> None:
