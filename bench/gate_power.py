@@ -29,7 +29,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgewright.measure import host, race, statistics, summary
-from edgewright.runtime.launch import launch_for
+from edgewright.runtime.launch import host_cpu, launch_for
 from edgewright.target import load_target
 
 RESULTS = Path(__file__).parent / "results" / "gate_power.jsonl"
@@ -212,7 +212,7 @@ def cost(base: Path, other: Path, launches: int) -> Row:
     target = load_target("cpu")
     rng = np.random.default_rng(1)
     feeds = [{"x": rng.normal(size=(1, 3, SIZE, SIZE)).astype(np.float32)} for _ in range(8)]
-    cores = host.core_sets(host.allowed_cores(), 1)
+    cores = host.core_sets(sorted(os.sched_getaffinity(0)), 1)
     heats = []
     with host.exclusive(lambda *_: None):
         for k in range(launches):
@@ -293,7 +293,7 @@ def where() -> Row:
     return {
         "load_before": round(os.getloadavg()[0], 2),
         "cores": os.cpu_count(),
-        "cpu": host.facts()["cpu"],
+        "cpu": host_cpu(),
     }
 
 

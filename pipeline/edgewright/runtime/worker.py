@@ -8,6 +8,7 @@ the arrays the header lists as {"name", "dtype", "shape"}. Requests carry "op"; 
 "error" = {"kind", "text"} where the request failed.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -238,7 +239,6 @@ class Server:
         self.binding = None  # (device, number) where inputs and outputs are bound there
         self.bound = {}
         self.feeds = []
-        self.outputs = None
         self.turn = 0
         self.import_s = 0.0
 
@@ -335,8 +335,7 @@ class Server:
         """
         k %= len(self.feeds)
         if self.binding is None:
-            session, feed = self.session, self.feeds[k]
-            return lambda: session.run(None, feed)
+            return self.call_here(self.feeds[k])
         if k not in self.bound:
             self.bound[k] = self.bind(self.feeds[k])
         session, binding = self.session, self.bound[k]
@@ -346,6 +345,23 @@ class Server:
             binding.synchronize_outputs()
 
         return run
+
+    def call_here(self, feed):
+        """A function that runs the feed once, bound as it lies in memory.
+
+        Passing dictionaries costs 11 % of a model of 0.16 ms, which no loop in C pays. What
+        cannot be bound (sequences, maps, strings) is passed.
+        """
+        session = self.session
+        kinds = [value.type for value in (*session.get_inputs(), *session.get_outputs())]
+        if not all(k.startswith("tensor(") and k != "tensor(string)" for k in kinds):
+            return lambda: session.run(None, feed)
+        binding = session.io_binding()
+        for name, array in feed.items():
+            binding.bind_cpu_input(name, array)
+        for value in session.get_outputs():
+            binding.bind_output(value.name)
+        return functools.partial(session.run_with_iobinding, binding)
 
     def bind(self, feed):
         """A binding of the feed's arrays on the device, and of the outputs wherever they come."""
@@ -376,6 +392,7 @@ class Server:
         """
         walls, cpus = [], []
         calls = [self.call(k) for k in range(len(self.feeds))]
+        cpu_clock, wall_clock = time.process_time, time.perf_counter
         self.turn = header.get("turn", self.turn)
         seconds, min_runs = header["seconds"], header.get("min_runs", 1)
         queue, switches = run_queue_ns(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
@@ -384,10 +401,13 @@ class Server:
         while len(walls) < min_runs or time.perf_counter() - begin < seconds:
             call = calls[self.turn % len(calls)]
             self.turn += 1
-            wall, cpu = time.perf_counter(), time.process_time()
+            cpu = cpu_clock()
+            wall = wall_clock()
             call()
-            cpus.append(time.process_time() - cpu)
-            walls.append(time.perf_counter() - wall)
+            wall_end = wall_clock()
+            cpu_end = cpu_clock()
+            walls.append(wall_end - wall)
+            cpus.append(cpu_end - cpu)
         return {
             "wall_s": walls,
             "cpu_s": cpus,
