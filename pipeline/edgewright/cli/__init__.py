@@ -69,7 +69,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *(stages.quantize, stages.validate, stages.bench, stages.gate),
     *(bundles.bundle, bundles.verify, bundles.explain_bundle, bundles.delta, bundles.pool),
     *(signing.keygen, signing.sign, signing.trust),
-    *(device.self_test, device.device_program, *device.PASSED_ON),
+    *(device.self_test, device.device_program, device.device_runner, *device.PASSED_ON),
     *(machine.init, machine.inspect, machine.report, machine.doctor, machine.setup),
     *(machine.cache, machine.targets),
 )

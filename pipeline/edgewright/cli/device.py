@@ -87,3 +87,19 @@ def device_program(output: Path) -> None:
     write_atomic(output, pack.program())
     output.chmod(0o755)
     emit(str(output))
+
+
+@click.command("device-runner")
+@click.argument("bundle_path", metavar="BUNDLE", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="The folder to write to.")
+def device_runner(bundle_path: Path, output: Path) -> None:
+    """Write edge-run, which runs BUNDLE's model on a device without Python, and its options.
+
+    \b
+    edgewright device-runner keyword-1.4.0-arm.bundle.tar -o bin
+    cd /opt/keyword/current && bin/edge-run @bin/edge-run.options    # on the device
+    """
+    from edgewright.device.runner import write_runner
+
+    for path in write_runner(bundle_path, output):
+        emit(str(path))
