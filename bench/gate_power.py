@@ -12,6 +12,7 @@ with the commit and the load of the machine; only runs of one commit are counted
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -175,11 +176,14 @@ def network(path: Path, *, rows: int = 0, table: int = 0, doc: str = "") -> Path
 
 
 def calibration(rows: list[Row], commit: str, folder: Path, results: Path) -> dict[str, int]:
-    """Rows of the extra convolution for each slowdown, and floats of the table; kept per commit."""
-    for row in rows:
-        if row["kind"] == "calibration" and row["commit"] == commit:
-            return dict(row["costs"])
+    """Rows of the extra convolution for each slowdown, and floats of the table.
+
+    They depend on the network and the CPU, not on the gate, and are taken over from other commits.
+    """
     base = network(folder / "base.onnx")
+    digest = hashlib.sha256(base.read_bytes()).hexdigest()
+    for row in calibrations(rows, digest):
+        return dict(row["costs"])
     per_row = slope(base, folder)
     costs, found = {}, {}
     for kind, wanted in SLOWDOWNS.items():
@@ -196,9 +200,22 @@ def calibration(rows: list[Row], commit: str, folder: Path, results: Path) -> di
     found["memory2"] = cost(base, network(folder / "table.onnx", table=costs["memory2"]), 3)
     append(
         results,
-        {"kind": "calibration", "commit": commit, "costs": costs, "found": found, **where()},
+        {
+            "kind": "calibration",
+            "commit": commit,
+            "network": digest,
+            "costs": costs,
+            "found": found,
+            **where(),
+        },
     )
     return costs
+
+
+def calibrations(rows: list[Row], network: str = "") -> list[Row]:
+    """Those of this CPU, and of this network if it is named."""
+    chosen = [r for r in rows if r["kind"] == "calibration" and r["cpu"] == host_cpu()]
+    return [r for r in chosen if not network or r["network"] == network]
 
 
 def slope(base: Path, folder: Path) -> float:
@@ -308,7 +325,7 @@ def table(rows: list[Row], commit: str = "") -> str:
         "| load, median (most) |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    found = next((r["found"] for r in chosen if r["kind"] == "calibration"), {})
+    found = next((r["found"] for r in rows if r["kind"] == "calibration"), {})
     for kind in PLAN:
         runs = [r for r in chosen if r["kind"] == kind]
         if not runs:

@@ -130,12 +130,16 @@ def launched_verdict(
     """`ratio_verdict` of times: processes differ for life, so one launch decides the gross only.
 
     Equal models differ by 0.5 to 1.4 % (one sd) between launches, which bounds over the pairs of
-    a single launch cannot see. Gross is an estimate above the whole tolerance.
+    a single launch cannot see. Gross is an estimate above the whole tolerance, or an upper bound
+    below half of it.
     """
-    if launches < MIN_LAUNCHES:
-        gross = value is not None and low is not None and low > 1 + margin and value > 1 + tolerance
-        return ratio_verdict(low, value, high, tolerance, margin) if gross else INCONCLUSIVE
-    return ratio_verdict(low, value, high, tolerance, margin)
+    found = ratio_verdict(low, value, high, tolerance, margin)
+    if launches >= MIN_LAUNCHES or found == INCONCLUSIVE:
+        return found
+    assert value is not None
+    if found == FAIL:
+        return FAIL if value > 1 + tolerance else INCONCLUSIVE
+    return PASS if high is not None and high < 1 + tolerance / 2 else INCONCLUSIVE
 
 
 MEMORY_SLACK = 256 << 10  # bytes by which repeats of one model differ

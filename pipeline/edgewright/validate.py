@@ -24,7 +24,6 @@ from edgewright.runtime.local import open_local
 from edgewright.runtime.session import Session
 from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report, Tell
-from edgewright.work import work
 
 BETWEEN = (
     "simplify",
@@ -229,6 +228,8 @@ def steps(job: Job, metric: Report | None) -> list[Report]:
 
 def total_macs(model: onnx.ModelProto) -> int | None:
     """Multiply-accumulates of one run, None where sizes are not known."""
+    from edgewright.work import work  # brings sympy, which a comparison of releases needs not
+
     macs, unknown = work(model)
     return None if unknown else sum(macs.values())
 

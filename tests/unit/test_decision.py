@@ -42,7 +42,8 @@ def test_ratio_verdict(low, value, high, verdict):
         (1, 1.02, 1.04, 1.06, INCONCLUSIVE),
         (2, 1.02, 1.04, 1.06, FAIL),
         (1, 1.02, 1.06, 1.09, FAIL),
-        (1, 0.99, 1.0, 1.01, INCONCLUSIVE),
+        (1, 0.99, 1.0, 1.02, PASS),
+        (1, 0.99, 1.0, 1.03, INCONCLUSIVE),
         (2, 0.99, 1.0, 1.01, PASS),
     ],
 )
