@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from edgewright import __version__
-from edgewright.cli import build, bundles, device, machine, signing, stages
+from edgewright.cli import build, bundles, device, machine, registry, signing, stages
 from edgewright.cli.terminal import explain, say
 from edgewright.process import Stopped, adopt_orphans, catch_signals, end_children
 
@@ -69,6 +69,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *(stages.quantize, stages.validate, stages.bench, stages.gate),
     *(bundles.bundle, bundles.verify, bundles.explain_bundle, bundles.delta, bundles.pool),
     *(signing.keygen, signing.sign, signing.trust),
+    *(registry.push, registry.pull),
     *(device.self_test, device.device_program, device.device_runner, *device.PASSED_ON),
     *(machine.init, machine.inspect, machine.report, machine.doctor, machine.setup),
     *(machine.cache, machine.targets),
