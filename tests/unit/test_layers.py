@@ -29,7 +29,7 @@ LAYERS = [
     {"cutting", "softening"},
     STAGE_MODULES,
     {"device", "report"},
-    {"baseline", "delta", "signing", "signatures", "oms", "explain", "registry"},
+    {"baseline", "deploy", "delta", "signing", "signatures", "oms", "explain", "registry"},
     {"build"},
     {"console", "rebuild", "release", "pooling"},
     {"cli"},

@@ -70,7 +70,8 @@ COMMANDS: tuple[click.Command, ...] = (
     *(bundles.bundle, bundles.verify, bundles.explain_bundle, bundles.delta, bundles.pool),
     *(signing.keygen, signing.sign, signing.trust),
     *(registry.push, registry.pull),
-    *(device.self_test, device.device_program, device.device_runner, *device.PASSED_ON),
+    *(device.self_test, device.device_program, device.device_runner, device.deploy),
+    *device.PASSED_ON,
     *(machine.init, machine.inspect, machine.report, machine.doctor, machine.setup),
     *(machine.cache, machine.targets),
 )

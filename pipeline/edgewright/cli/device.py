@@ -55,6 +55,57 @@ def self_test(
     emit(f"ok: {report['vectors']} golden vectors, {how}")
 
 
+@click.command()
+@click.argument("bundle_path", metavar="BUNDLE", type=PATH)
+@click.option("--target", "target_name", required=True, help="The device: a profile over SSH.")
+@click.option("--root", required=True, help="The folder on the device that holds the releases.")
+@click.option(
+    "--trust",
+    type=PATH,
+    multiple=True,
+    help="A public key that must have signed (may be repeated), or a trust file.",
+)
+@click.option("--threshold", type=int, help="How many of the keys must have signed.")
+@click.option("--no-clock", is_flag=True, help="The clock of the device is wrong.")
+@click.option("--allow-unsigned", is_flag=True, help="Take anybody's bundle.")
+@click.option("--allow-downgrade", is_flag=True, help="Take an older release.")
+@click.option("--delta", is_flag=True, help="BUNDLE is a delta against what is installed there.")
+@options("json")
+def deploy(
+    bundle_path: Path,
+    target_name: str,
+    root: str,
+    trust: tuple[Path, ...],
+    threshold: int | None,
+    no_clock: bool,
+    allow_unsigned: bool,
+    allow_downgrade: bool,
+    delta: bool,
+    as_json: bool,
+) -> None:
+    """Install BUNDLE on a device behind SSH and prove its golden vectors there.
+
+    \b
+    edgewright deploy keyword-1.4.0-board.bundle.tar --target board.toml --root /opt/keyword
+    """
+    from edgewright import deploy as deploys
+
+    wish = deploys.Wish(
+        trust=trust,
+        threshold=threshold,
+        clock=not no_clock,
+        allow_unsigned=allow_unsigned,
+        allow_downgrade=allow_downgrade,
+        delta=delta,
+    )
+    report = deploys.deploy(bundle_path, load_target(target_name), root, wish)
+    if as_json:
+        emit_json(report)
+        return
+    proof = report["self_test"]
+    emit(f"{report['action']}: {report['release']}; {proof['vectors']} golden vectors proven")
+
+
 def passed_on(name: str) -> click.Command:
     """A command whose words go to the device program as they are: one parser for both."""
     settings = {"ignore_unknown_options": True, "help_option_names": []}

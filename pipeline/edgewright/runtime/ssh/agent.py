@@ -92,8 +92,11 @@ class Agent:
         return self.tell_facts(header, b"")
 
     def have(self, header, _):
-        """Whether the store holds these files, whole; {"files": {name: {"size", "sha256"}}}."""
-        folder = os.path.join(self.store, header["key"])
+        """Whether the store holds these files, whole; {"files": {name: {"size", "sha256"}}}.
+
+        Without a key they are for the job folder, which goes with the link.
+        """
+        folder = self.place(header["key"])
         if not os.path.isdir(folder):
             need = sum(item["size"] for item in header["files"].values())
             room = os.statvfs(self.folder)
@@ -108,6 +111,9 @@ class Agent:
         os.utime(folder)
         return {"have": True, "folder": folder}, b""
 
+    def place(self, key):
+        return os.path.join(self.store, key) if key else os.path.join(self.job, "files")
+
     def put(self, header, data):
         """Append bytes to a file that is being pushed."""
         path = os.path.join(self.job, "new", header["name"])
@@ -117,8 +123,8 @@ class Agent:
         return {}, b""
 
     def keep(self, header, _):
-        """Check what was pushed and give it its place in the store."""
-        new, folder = os.path.join(self.job, "new"), os.path.join(self.store, header["key"])
+        """Check what was pushed and give it its place."""
+        new, folder = os.path.join(self.job, "new"), self.place(header["key"])
         for name, item in header["files"].items():
             path = os.path.join(new, name)
             if not item["size"]:

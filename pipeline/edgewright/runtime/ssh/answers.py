@@ -121,6 +121,17 @@ FACTS = table(
     }
 )
 RUNTIME = table({"onnxruntime": TEXT, "providers": WORDS})
+PROVEN = table(
+    {"vectors": COUNT, "max_abs": {"type": "number"}, "exact": {"type": "boolean"}},
+    runtime={"type": "object"},
+    memory={"type": ["object", "null"]},
+)
+INSTALLED = table(
+    {"action": TEXT, "release": TEXT},
+    self_test={**PROVEN, "type": ["object", "null"]},
+    signers=WORDS,
+    before={"type": ["string", "null"]},
+)
 AGENT: dict[str, dict[str, Any]] = {
     "begin": FACTS,
     "facts": FACTS,

@@ -10,7 +10,6 @@ answer. Measurements do not: the process that was warm is gone.
 """
 
 import asyncio
-import io
 import json
 import os
 import shlex
@@ -148,7 +147,7 @@ class Bridge:
     async def command(self, link: Channel, header: dict[str, Any]) -> dict[str, Any]:
         """Run a command on the device with files of ours; "@/NAME" in its words is such a file."""
         files = {name: Path(path) for name, path in header["files"].items()}
-        folder = await link.push(files) if files else ""
+        folder = await link.push(files, stored=False) if files else ""
         words = [
             *shlex.split(self.run.python),
             *(f"{folder}{w[1:]}" if w.startswith("@/") else w for w in header["words"]),
@@ -246,22 +245,26 @@ class Bridge:
         )
 
 
+def receive(source: BinaryIO) -> tuple[dict[str, Any], bytes]:
+    """The session's next request, its arrays as they are on the wire; EOFError at the end."""
+    size = int.from_bytes(worker.read_exact(source, 8), "big")
+    header = json.loads(worker.read_exact(source, size))
+    return header, worker.read_exact(source, answers.array_bytes(header["arrays"], "the session"))
+
+
 async def serve(source: BinaryIO, sink: BinaryIO, bridge: Bridge) -> None:
     """Answer the session's requests until it hangs up."""
     loop = asyncio.get_running_loop()
     while True:
         try:
             # Waits in a thread of its own, so that signs of life go on meanwhile.
-            header, arrays = await loop.run_in_executor(None, worker.receive, source)
+            header, arrays = await loop.run_in_executor(None, receive, source)
         except EOFError:
             break
         if header["op"] == "quit":
             break
-        passed = io.BytesIO()
-        for array in arrays.values():
-            passed.write(array.tobytes())
         try:
-            answer, data = await bridge.answer(header, passed.getvalue())
+            answer, data = await bridge.answer(header, arrays)
         except EdgewrightError as error:
             answer, data = {"error": {**to_wire(error), "ours": True}}, b""
         words = json.dumps(answer).encode()

@@ -41,13 +41,17 @@ class Channel:
         self.errors = bytearray()  # what the device said on standard error
         self.tasks: list[asyncio.Task[None]] = []
 
-    async def push(self, files: dict[str, Path]) -> str:
-        """Bring files to the device unless it has them; the folder there that holds them."""
+    async def push(self, files: dict[str, Path], stored: bool = True) -> str:
+        """Bring files to the device unless it has them; the folder there that holds them.
+
+        stored: for later links, too. Else they are gone with this one.
+        """
         listed = {
             name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
             for name, path in sorted(files.items())
         }
-        key = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+        whole = json.dumps(listed, sort_keys=True).encode()
+        key = hashlib.sha256(whole).hexdigest() if stored else ""
         found, _ = await self.ask({"op": "have", "key": key, "files": listed})
         if found["have"] and "folder" in found:
             return str(found["folder"])

@@ -1,0 +1,329 @@
+"""The parts of a link to a device that need no device: answers, facts, the lease, the profile."""
+
+import copy
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from edgewright import deploy
+from edgewright.decision import settle
+from edgewright.errors import BadInput, DeviceUnavailable, IntegrityError, from_wire, to_wire
+from edgewright.gate.release import cold_start, latency
+from edgewright.gate.speed import latency_ms, latency_ratio
+from edgewright.measure import host
+from edgewright.runtime.ssh import answers, facts, lease, text
+from edgewright.runtime.ssh.agent import MAGIC
+from edgewright.target import parse_target
+
+LOAD = {
+    "inputs": [{"name": "x", "type": "tensor(float)", "shape": ["batch", 4]}],
+    "outputs": [],
+    "providers": ["CPUExecutionProvider"],
+    "version": "1.31.1",
+    "import_s": 0.2,
+    "load_s": 0.1,
+    "rss_before_load_kib": 5,
+    "rss_after_load_kib": 6,
+    "peak_after_load_kib": 7,
+}
+
+
+def test_our_own_answers_pass_and_keep_only_what_is_known():
+    found = answers.check({**LOAD, "more": 1}, answers.WORKER["load"], "it")
+    assert found == LOAD
+    told = {**facts.facts(), "free_bytes": 1}
+    assert answers.check(told, answers.FACTS, "it") == told
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"version": None}, "version"),
+        ({"load_s": -1.0}, "load_s"),
+        ({"load_s": True}, "load_s"),
+        ({"providers": ["x" * 5000]}, "providers"),
+        ({"inputs": [{"name": "x"}]}, "inputs"),
+        ({"rss_before_load_kib": 1.5}, "rss_before_load_kib"),
+    ],
+)
+def test_odd_answers_are_refused_and_the_standard_agrees(change, place):
+    odd = {**LOAD, **change}
+    with pytest.raises(DeviceUnavailable, match=place):
+        answers.check(odd, answers.WORKER["load"], "it")
+    standard = jsonschema.Draft202012Validator(answers.WORKER["load"])
+    assert not standard.is_valid(odd) and standard.is_valid(LOAD)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"name": "x", "dtype": "|O", "shape": []},
+        {"name": "x", "dtype": "<f4,<f4", "shape": []},
+        {"name": "x", "dtype": "<f4", "shape": [-1]},
+        {"name": "x", "dtype": "<f4", "shape": [True]},
+        {"name": "x", "dtype": "<f4", "shape": [1.0]},
+        {"name": "x", "dtype": "<f4"},
+        {"name": "x", "dtype": "<f4", "shape": [1], "more": 1},
+        "x",
+    ],
+)
+def test_arrays_of_a_stranger_are_counted_before_they_are_read(row):
+    with pytest.raises(DeviceUnavailable):
+        answers.array_bytes([row], "it")
+
+
+def test_sizes_of_arrays():
+    rows = [
+        {"name": "x", "dtype": "<f4", "shape": [2, 3]},
+        {"name": "y", "dtype": "|b1", "shape": []},
+        {"name": "z", "dtype": "<i8", "shape": [0, 1 << 39]},
+    ]
+    assert answers.array_bytes(rows, "it") == 2 * 3 * 4 + 1
+    with pytest.raises(BadInput, match="at most"):
+        answers.array_bytes([{"name": "x", "dtype": "<f8", "shape": [1 << 39]}], "it")
+
+
+def test_nan_is_no_number():
+    with pytest.raises(ValueError):
+        json.loads('{"a": NaN}', parse_constant=answers.no_number)
+
+
+def machine(folder, **files):
+    """A /proc and /sys with these files; `__` stands for `/`."""
+    for name, content in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return facts.facts(str(folder))
+
+
+def test_facts_of_a_board(tmp_path):
+    found = machine(
+        tmp_path,
+        proc__cpuinfo="processor : 0\nFeatures : fp asimd asimddp\nCPU implementer : 0x41\n"
+        "CPU part : 0xd0b\n",
+        proc__stat="cpu 1 2 3 4 5 6 7 8 9\n",
+        proc__meminfo="MemTotal: 8000 kB\nMemFree: 10 kB\n",
+        sys__devices__system__cpu__cpu0__cpufreq__scaling_governor="ondemand\n",
+        sys__devices__system__cpu__cpu1__cpufreq__scaling_governor="performance\n",
+        sys__class__thermal__thermal_zone0__temp="61234\n",
+    )
+    assert found["cpu"] == "ARM implementer 0x41 part 0xd0b"
+    assert found["flags"] == ["asimd", "asimddp", "fp"]
+    assert found["governors"] == {"cpu0": "ondemand", "cpu1": "performance"}
+    assert found["temperatures_c"] == {"thermal_zone0": 61.234}
+    assert found["steal_ticks"] == 8 and found["memory_kib"]["MemTotal"] == 8000
+    assert host.state(found)["governor"] == "ondemand, performance"
+    assert host.state(found)["hottest_c"] == 61.234
+
+
+def test_what_makes_times_worthless(tmp_path):
+    folder = "sys__devices__system__cpu__cpu0__"
+    before = machine(
+        tmp_path,
+        **{
+            folder + "cpufreq__scaling_governor": "performance",
+            folder + "cpufreq__scaling_max_freq": "2400000",
+            folder + "thermal_throttle__core_throttle_count": "3",
+            "sys__class__thermal__thermal_zone0__temp": "50000",
+        },
+    )
+    hotter = machine(tmp_path, sys__class__thermal__thermal_zone0__temp="60000")
+    assert host.unsteady(before, before) is None
+    assert host.unsteady(before, hotter) is None  # warm is not throttled
+    for name, value, word in (
+        ("cpufreq__scaling_governor", "powersave", "governor"),
+        ("cpufreq__scaling_max_freq", "1500000", "frequency limit"),
+        ("thermal_throttle__core_throttle_count", "4", "throttling"),
+    ):
+        other = machine(tmp_path / word, **{folder + name: value})
+        after = {**before, **{k: {**before[k], **other[k]} for k in facts_that_change}}
+        assert word in host.unsteady(before, after)
+    firmware = {**before, "throttled": {**before["throttled"], "firmware": "50000"}}
+    assert host.unsteady(firmware, firmware) is None  # it was throttled long ago
+    firmware["throttled"]["firmware"] = "50004"
+    assert "holds the CPU back" in host.unsteady(firmware, firmware)
+
+
+facts_that_change = ("governors", "frequency_limits", "throttled")
+
+
+def test_a_throttled_cpu_leaves_latency_open():
+    sides = {"p90_ms": 1.0, "p90_low_ms": 0.9, "p90_high_ms": 1.1}
+    ratios = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6, "pairs": 50, "launches": 3}
+    measured = {
+        "latency": {**ratios, "candidate": sides},
+        "cold_start": {"ratio": 0.5, "low": 0.4, "high": 0.6, "pairs": 30},
+        "noise": {"quiet": True},
+    }
+    settled = settle(parse_target(PROFILE).tolerance, parse_target(PROFILE).tolerance)
+    checks = (
+        lambda report: latency_ratio(1.0, report),
+        lambda report: latency_ms(5.0, report),
+        lambda report: latency(settled, report),
+        lambda report: cold_start(settled, report),
+    )
+    throttled = {**measured, "unsteady": "the CPU's governor changed"}
+    assert checks[0](measured)["verdict"] == "PASS" == checks[1](measured)["verdict"]
+    for check in checks:
+        assert check(throttled)["verdict"] == "INCONCLUSIVE"
+        assert check(throttled)["reason"].endswith("the CPU's governor changed")
+
+
+PROFILE = {
+    "name": "b",
+    "description": "a board",
+    "device": {"arch": "aarch64"},
+    "run": {"how": "ssh", "host": "b.local", "user": "edge"},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("host", "-oProxyCommand=x"),
+        ("host", ""),
+        ("user", "-l"),
+        ("key", "keys/mine"),
+        ("known_hosts", "hosts"),
+        ("port", 0),
+        ("limit_s", 0.0),
+        ("python", " "),
+    ],
+)
+def test_profiles_that_are_refused(key, value):
+    raw = copy.deepcopy(PROFILE)
+    raw["run"][key] = value
+    with pytest.raises(BadInput, match=f"run.{key}|run.python and"):
+        parse_target(raw)
+
+
+def test_the_example_profile_is_one():
+    path = Path(__file__).parents[2] / "examples/ssh/board.toml"
+    from edgewright.target import load_target
+
+    assert load_target(str(path)).run.how == "ssh"
+
+
+def test_the_device_error_crosses_process_borders():
+    error = from_wire(to_wire(DeviceUnavailable("gone")))
+    assert type(error) is DeviceUnavailable and error.exit_code == 6
+
+
+def test_a_refusal_on_the_device_keeps_its_exit_code():
+    said = "noise edgewright: error: bundle b: signature is wrong. Next: x."
+    target = parse_target(PROFILE)
+    with pytest.raises(IntegrityError, match=r"b\.local.*signature is wrong"):
+        deploy.told(target, {"status": 5, "said": said, "out": ""}, answers.INSTALLED)
+    with pytest.raises(DeviceUnavailable, match="makes no sense"):
+        deploy.told(target, {"status": 0, "said": "", "out": "hello"}, answers.INSTALLED)
+
+
+class Agent:
+    """An agent as a child of this test, without SSH."""
+
+    def __init__(self, folder, owner="me", patience_s=20.0):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", text.BOOTSTRAP], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self.process.stdin.write(text.line())
+        self.process.stdin.flush()
+        assert self.process.stdout.read(len(MAGIC)) == MAGIC
+        self.told = self.ask(
+            "begin",
+            folder=str(folder),
+            owner=owner,
+            who=f"{owner}, process 1",
+            patience_s=patience_s,
+            limit_s=5,
+        )
+
+    def ask(self, op, data=b"", **more):
+        header = json.dumps({"op": op, "bytes": len(data), **more}).encode()
+        self.process.stdin.write(len(header).to_bytes(8, "big") + header + data)
+        self.process.stdin.flush()
+        return self.hear()
+
+    def hear(self):
+        size = int.from_bytes(self.process.stdout.read(8), "big")
+        header = json.loads(self.process.stdout.read(size))
+        self.data = self.process.stdout.read(header["bytes"])
+        return header
+
+    def end(self):
+        self.process.stdin.close()
+        assert self.process.wait(10) == 0
+        self.process.stdout.close()
+
+
+def test_an_agent_tells_how_a_command_ended(tmp_path):
+    agent = Agent(tmp_path / "device")
+    words = ["sh", "-c", "echo out; echo err >&2; exit 7"]
+    assert agent.ask("start", words=words, capture=True)["pid"]
+    ended = agent.hear()
+    assert (ended["status"], ended["said"], agent.data) == (7, "err\n", b"out\n")
+    agent.ask("start", words=["sh", "-c", "kill -ILL $$"], capture=True)
+    assert agent.hear()["status"] == -4
+    agent.ask("start", words=["there-is-no-such-program"], capture=True)
+    assert agent.hear()["status"] == 127
+    agent.end()
+    assert list((tmp_path / "device/jobs").iterdir()) == []
+
+
+def test_pushed_bytes_must_be_those_announced(tmp_path):
+    agent = Agent(tmp_path / "device")
+    files = {"m.onnx": {"size": 3, "sha256": "0" * 64}}
+    assert agent.ask("have", key="k", files=files)["have"] is False
+    agent.ask("put", b"abc", name="m.onnx")
+    assert agent.ask("keep", key="k", files=files)["error"]["kind"] == "damaged"
+    assert not (tmp_path / "device/store/k").exists()
+    files["m.onnx"]["size"] = 1 << 60
+    assert agent.ask("have", key="k", files=files)["error"]["kind"] == "full"
+    agent.end()
+
+
+def test_an_agent_that_hears_nothing_ends(tmp_path):
+    agent = Agent(tmp_path / "device", patience_s=0.3)
+    agent.ask("start", words=["sleep", "60"])
+    assert agent.process.wait(10) == 1
+    assert list((tmp_path / "device/jobs").iterdir()) == []
+    agent.process.stdin.close()
+    agent.process.stdout.close()
+
+
+def test_a_lease_is_no_ones_after_a_reboot_or_for_another_process(tmp_path):
+    folder = tmp_path / "device"
+    agent = Agent(folder)
+    other = Agent(folder, owner="you")
+    assert other.told["error"] == {"kind": "leased", "text": "me, process 1"}
+    other.end()
+    with lease.Lease(str(folder)) as holders:
+        assert len(holders) == 1
+    path = folder / "lease.json"
+    for key, value in (("boot", "another"), ("born", "1"), ("job", str(tmp_path / "none"))):
+        (place,) = json.loads(path.read_text())
+        path.write_text(json.dumps([{**place, key: value}]))
+        with lease.Lease(str(folder)) as holders:
+            assert holders == []
+        path.write_text(json.dumps([place]))
+    path.write_text("no JSON")
+    Agent(folder, owner="you").end()
+    agent.end()
+
+
+def test_full_disks_have_one_name(tmp_path):
+    agent = Agent(tmp_path / "device")
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    job = next((tmp_path / "device/jobs").iterdir())
+    (job / "new").mkdir()
+    (job / "new/m").symlink_to("/dev/full")
+    told = agent.ask("put", b"abc", name="m")
+    assert told["error"]["kind"] == "full" and os.strerror(errno.ENOSPC) in told["error"]["text"]
+    agent.end()
