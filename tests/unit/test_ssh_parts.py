@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import jsonschema
+import numpy as np
+import onnx
 import pytest
+from conftest import tiny_model
 
 from edgewright import deploy
 from edgewright.decision import settle
@@ -17,6 +20,8 @@ from edgewright.errors import BadInput, DeviceUnavailable, IntegrityError, from_
 from edgewright.gate.release import cold_start, latency
 from edgewright.gate.speed import latency_ms, latency_ratio
 from edgewright.measure import host
+from edgewright.runtime import worker
+from edgewright.runtime.session import Session
 from edgewright.runtime.ssh import answers, facts, lease, text
 from edgewright.runtime.ssh.agent import MAGIC
 from edgewright.target import parse_target
@@ -39,6 +44,31 @@ def test_our_own_answers_pass_and_keep_only_what_is_known():
     assert found == LOAD
     told = {**facts.facts(), "free_bytes": 1}
     assert answers.check(told, answers.FACTS, "it") == told
+
+
+def test_every_answer_of_a_worker_passes_whole(tmp_path):
+    """A key that the schemas do not name would be lost on its way from a device."""
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    x = np.zeros((1, 1, 12, 12), np.float32)
+    requests = [
+        ({"op": "run", "outputs": None}, {"x": x}),
+        ({"op": "feeds", "first": True}, {"x": x}),
+        ({"op": "warm"}, {}),
+        ({"op": "slice", "seconds": 0, "min_runs": 3}, {}),
+        ({"op": "memory", "device": True}, {}),
+        ({"op": "restart"}, {}),
+        ({"op": "spin", "count": 10}, {}),
+        ({"op": "profile", "runs": 2}, {}),
+    ]
+    with Session(tmp_path / "m.onnx", profile=str(tmp_path / "p")) as session:
+        told = {"load": session.info}
+        for request, arrays in requests:
+            told[request["op"]] = session.ask(request, arrays)[0]
+    assert set(told) == set(answers.WORKER) == {*worker.OPS} - {"quit"}
+    for op, answer in told.items():
+        answer = json.loads(json.dumps(answer))  # as it arrives
+        answers.array_bytes(answer.pop("arrays"), "it")
+        assert answers.check(answer, answers.WORKER[op], "it") == answer
 
 
 @pytest.mark.parametrize(

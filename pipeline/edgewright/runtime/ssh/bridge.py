@@ -32,7 +32,7 @@ from edgewright.runtime.ssh.channel import Channel, Lost
 from edgewright.sidecars import external_data
 from edgewright.target import RunSettings
 
-REPEATABLE = ("load", "run", "feeds", "profile", "spin", "facts")
+REPEATABLE = ("load", "run", "feeds", "warm", "profile", "spin", "facts")
 PAUSE_S, PAUSE_MAX_S = 0.5, 5.0  # before a dropped link is opened again: the first, the longest
 
 
@@ -132,6 +132,9 @@ class Bridge:
             self.started = True
         optimized = header.get("optimized")
         there = {**header, "model": f"{folder}/{path.name}"}
+        if header.get("weights"):
+            shared = Path(header["weights"])
+            there["weights"] = f"{await link.push({shared.name: shared})}/{shared.name}"
         there["cores"] = header.get("cores") or list(self.run.pin)
         for key in ("optimized", "profile"):
             if there.get(key):
