@@ -47,12 +47,13 @@ def test_damage_is_told(packed: Path, change, said: str) -> None:
 
 def test_a_bomb_gives_no_more_than_it_is_asked_for(tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.xz"
-    with lzma.open(bomb, "wb") as file:
+    with lzma.open(bomb, "wb", preset=0) as file:
         for _ in range(512):
             file.write(bytes(1 << 20))
+    assert bomb.stat().st_size > transport.READ
     with bomb.open("rb") as file, transport.plain(file) as stream:
         assert stream.read(1000) == bytes(1000)
-        assert file.tell() <= 2 * transport.READ
+        assert file.tell() <= transport.READ
 
 
 def test_a_stream_that_wants_much_memory_is_refused(tmp_path: Path) -> None:
