@@ -8,6 +8,7 @@ the version is part of every report and of every cache key.
 import ctypes
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 from edgewright.errors import EnvironmentMissing
 from edgewright.runtime.builds import BUILDS, build_folder, build_launch, install_build
 from edgewright.runtime.session import NVIDIA, Launch
-from edgewright.runtime.worker import PLUGINS
+from edgewright.runtime.worker import PLUGINS, offer
 from edgewright.target import Target
 
 CPU = "CPUExecutionProvider"
@@ -73,9 +74,11 @@ def native_launch(provider: str, options: Mapping[str, str]) -> Launch:
 def installed(provider: str, kind: str) -> dict[str, Any]:
     """What the installed onnxruntime, with its plug-ins, says of a provider; see `worker.offer`.
 
-    In a process of its own: a plug-in cannot be unloaded, and may end the process.
+    Where there is a plug-in, in a process of its own: it cannot be unloaded, and may end it.
     """
-    return probe(Launch(), provider, kind)
+    if provider in PLUGINS and importlib.util.find_spec(PLUGINS[provider]) is not None:
+        return probe(Launch(), provider, kind)
+    return offer(provider, kind)
 
 
 def probe(launch: Launch, provider: str, kind: str) -> dict[str, Any]:
