@@ -21,6 +21,7 @@ from edgewright.metric import Metric, Run, has_metric, paired_difference
 from edgewright.runtime.ahead import Feeds, Recorder, fingerprint, running_ahead
 from edgewright.runtime.launch import open_on_target
 from edgewright.runtime.local import open_local
+from edgewright.runtime.providers import CPU
 from edgewright.runtime.session import Session
 from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report, Tell
@@ -192,7 +193,7 @@ def steps(job: Job, metric: Report | None) -> list[Report]:
     bytes, parameters, macs: of the stage's model; macs None where sizes are not known.
     original_macs: of the original, beside them.
     sqnr_db, top1: see `agreement`. cpu_ratio: CPU time on this machine, one thread, quick (see
-    `timing`); None for targets that are not this machine.
+    `timing`); None for targets that are not this machine's CPU provider.
     """
     before, original = sha256_of(job.models["export"]), job.models["export"]
     specs = graph.input_specs(graph.load(original))
@@ -206,8 +207,9 @@ def steps(job: Job, metric: Report | None) -> list[Report]:
         before = digest
         model = graph.load(path)
         alike = agreement(job, path, [], on_target=False)
-        job.tell(f"timing the model after {stage}")
-        local = job.target.run.how == "local"
+        local = job.target.run.how == "local" and job.target.runtime.provider == CPU
+        if local:
+            job.tell(f"timing the model after {stage}")
         scored = (metric or {}).get("stages", {}).get(stage, {})
         rows.append(
             {

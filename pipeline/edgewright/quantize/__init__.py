@@ -37,6 +37,7 @@ from edgewright.quantize.rewrite import rewritten
 from edgewright.quantize.twin import unsigned_twin
 from edgewright.quantize.unfit import refuse_outliers, without_empty
 from edgewright.runtime.launch import launch_for
+from edgewright.runtime.providers import CPU
 from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report
 
@@ -160,7 +161,7 @@ def only_weights(job: Job) -> Report:
     near = round(fidelity.sqnr_db(*values), 2)
     size = round(stored.ByteSize() / model.ByteSize(), 3)
     choice: dict[str, Any] = {"step": "weights only", "sqnr_db": near, "bytes_ratio": size}
-    if job.target.run.how == "local":
+    if job.target.run.how == "local" and job.target.runtime.provider == CPU:
         choice["cpu_ratio"] = round(cpu_ratio(stored, source, held[:PAY_SAMPLES]), 2)
     choices = [choice]
     retained = metric_of(job, source) if scope == "auto" else None
@@ -219,7 +220,7 @@ def who_decides(job: Job) -> Report:
     elif job.target.run.how != "local":
         why = "emulated time is no time" if job.target.emulated else "its clock is far away"
         reason = f"target {job.target.name} does not run here: {why}"
-    elif job.target.runtime.provider != "CPUExecutionProvider":
+    elif job.target.runtime.provider != CPU:
         reason = f"{job.target.runtime.provider} tells no times of single layers"
     return {"clock": not reason, "reason": reason, "regions": []}
 
