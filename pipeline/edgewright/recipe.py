@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from edgewright.codebooks import ShareSettings, check_share
 from edgewright.decision import Tolerances, check_tolerances
 from edgewright.errors import BadInput
 from edgewright.settings import load_toml, parse
@@ -208,22 +209,6 @@ class RecoverSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShareSettings:
-    """[share]: weights that share their values. Absent: only equal tensors, as `simplify` does.
-
-    codebook: values that all weights of one codebook take, 2 to 256; 0 for none. scope: a
-    codebook per layer, or one for the model. max_drop: share of the metric that clustering may
-    cost; where it costs more, the codebook is doubled, and given up beyond 256. compress: also
-    write the bundle as NAME.bundle.tar.xz, entropy coded, for the way to the device.
-    """
-
-    codebook: int = 0
-    scope: Literal["layer", "model"] = "layer"
-    max_drop: float = 0.01
-    compress: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class GateSettings:
     """[gate]: the thresholds of the release. A limit left out is not checked.
 
@@ -358,15 +343,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             hint="name an .npy with one whole number for each calibration sample",
         )
     if recipe.share is not None:
-        entries = recipe.share.codebook
-        if entries != 0 and not 2 <= entries <= 256:
-            raise BadInput(
-                f"{where}: share.codebook", expected="0, or 2 to 256", found=str(entries)
-            )
-        if not 0 <= recipe.share.max_drop <= 1:
-            raise BadInput(
-                f"{where}: share.max_drop", expected="0 to 1", found=str(recipe.share.max_drop)
-            )
+        check_share(recipe.share, where)
     for key in ("max_samples", "processes"):
         if (count := getattr(recipe.quantize, key)) < 0:
             raise BadInput(f"{where}: quantize.{key}", expected="0 or more", found=str(count))

@@ -1,9 +1,10 @@
 """share: equal tensors stored once, and k-means codebooks in place of weights of their own.
 
-Hard sharing of parameters: all weights of a layer (or of the model) take one of a few values, as
-in Deep Compression (Han et al., 1510.00149, section 3). It makes what is sent smaller, never what
-is computed: no runtime kernel reads codebooks. Each output channel keeps a scale of its own;
-without it, 256 entries already ruin a network whose normalisations are folded (facts/prune.md 5).
+All weights of a layer (or of the model) take one of a few values, as in Deep Compression (Han et
+al., 1510.00149, section 3): the nearest, or the one that training ends at (`recover.assign`). It
+makes what is sent smaller, never what is computed: no runtime kernel reads codebooks. Each output
+channel keeps a scale of its own; without it, 256 entries already ruin a network whose
+normalisations are folded (facts/prune.md 5).
 """
 
 import lzma
@@ -17,10 +18,13 @@ import onnx_ir as ir
 from onnx import helper, numpy_helper
 
 from edgewright import model as graph
+from edgewright.codebooks import ShareSettings
+from edgewright.data import samples
 from edgewright.metric import retention
 from edgewright.passes.duplicates import merge_tensors
 from edgewright.passes.names import free_name
-from edgewright.recipe import ShareSettings
+from edgewright.recipe import Distillation
+from edgewright.recover import needs_torch
 from edgewright.stage import Job, Report
 from edgewright.target import Target
 
@@ -119,6 +123,8 @@ def cluster(
     while True:
         job.tell(f"clustering weights into {entries} values", 0, len(axes))
         found = clusters(model, axes, entries, settings.scope, job.tell)
+        if settings.assignment == "soft":
+            found, report["training"] = softly(job, settings, model, found)
         changed = with_values(model, found)
         if retained is None or before is None:
             note(report, "no metric: what the codebooks cost is not known before validate")
@@ -140,6 +146,36 @@ def cluster(
         report["form"] = "codes"
         return with_codes(model, found)
     return changed
+
+
+def softly(
+    job: Job, settings: ShareSettings, model: onnx.ModelProto, hard: dict[str, Clustered]
+) -> tuple[dict[str, Clustered], Report]:
+    """The clusters after training that started from them, and how it went.
+
+    Raises EnvironmentMissing where torch is not installed.
+    """
+    with needs_torch("a soft assignment", 'share.assignment to "hard"'):
+        from edgewright.recover.assign import Shared, assign
+    weights = {name: graph.array(t) for name, t in graph.initializers(model.graph).items()
+               if name in hard}  # fmt: skip
+    books = {one.codebook.tobytes(): one.codebook for one in hard.values()}
+    number = {key: k for k, key in enumerate(books)}
+    shared = {
+        name: Shared(weights[name] / one.scale, one.scale, number[one.codebook.tobytes()])
+        for name, one in hard.items()
+    }
+    lesson = Distillation(**vars(settings.train))
+    specs = graph.input_specs(model)
+    shares, trained, told = assign(
+        model, shared, list(books.values()),
+        lambda: samples(job.recipe, specs, settings.train.samples), lesson, job.tell,
+    )  # fmt: skip
+    found = {}
+    for name, one in hard.items():
+        book = trained[shared[name].book]
+        found[name] = Clustered(nearest(shares[name], book).astype(np.uint8), book, one.scale)
+    return found, told
 
 
 def note(report: Report, text: str) -> None:
