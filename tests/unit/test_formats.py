@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from bundles import MODEL, RECIPE, forged, make, pack, unpack
+from bundles import MODEL, RECIPE, forged, here, make, pack, unpack
 
 from edgewright.bundle import assemble, formats, golden
 from edgewright.device.install import Wish, install
@@ -40,7 +40,7 @@ def test_only_on_request(tmp_path):
         parse_recipe({**RECIPE, "release": {"formats": ["tflite"]}}, tmp_path)
 
 
-def test_what_is_in_it(built):
+def test_what_is_in_it(built, caplog):
     inside = files(built)
     (row,) = verify(built)["formats"]
     assert row == {
@@ -58,6 +58,10 @@ def test_what_is_in_it(built):
         'ai.onnx;14;Relu{"inputs": {"0": ["float"]}}',
     ]
     assert not any(path.suffix in (".ort", ".config") for path in built.parent.iterdir())
+    (built.parent / "again.ort").write_bytes(inside[ORT])
+    again = ortformat.required(built.parent / "again.ort", built.parent / "again.config")
+    assert again == inside[CONFIG] and not caplog.records, "nothing on the user's screen"
+    (built.parent / "again.ort").unlink()
 
 
 def test_it_computes_what_the_model_does(built, tmp_path):
@@ -110,5 +114,5 @@ def test_made_by_the_targets_own_runtime(tmp_path):
     limits = golden.tolerances([{"y": y}], False)
     formats.check(tmp_path / "arm.ort", target, [{"x": x}], [{"y": y}], limits)
     with pytest.raises(BadInput, match="outputs of the ONNX file"):
-        formats.check(tmp_path / "arm.ort", target, [{"x": x}], [{"y": y + 1}], limits)
+        formats.check(tmp_path / "model.onnx", here(), [{"x": x}], [{"y": y + 1}], limits)
     assert json.dumps(assemble.operators(model)) == '{"ai.onnx:17": ["MatMul", "Relu"]}'

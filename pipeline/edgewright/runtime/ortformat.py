@@ -48,7 +48,7 @@ def required(path: Path, scratch: Path) -> bytes:
     """Operators and the types they are used with, in the runtime's own notation for its build."""
     from onnxruntime.tools.ort_format_model.utils import create_config_from_models
 
-    logging.getLogger("ort_format_model").setLevel(logging.ERROR)
+    logging.getLogger("ort_format_model.utils").setLevel(logging.ERROR)
     create_config_from_models([path], scratch, True)
     lines = scratch.read_text("utf-8").splitlines()
     scratch.unlink()
