@@ -84,6 +84,28 @@ def judge(
         return reports
 
 
+def measured(
+    candidate: Path,
+    other: Path | None,
+    target: Target,
+    *,
+    recipe: Recipe | None = None,
+    watch: Watch = lambda event: None,
+) -> Reports:
+    """The report `measure` of `measure.bench`: candidate and `other`, or itself, side by side."""
+    launch_for(target)
+    need_provider(target)
+    with link.held(target), tempfile.TemporaryDirectory(prefix="edgewright-") as name:
+        work = Path(name)
+        sides = [opened(candidate, work / "new")]
+        sides += [opened(other, work / "old")] if other is not None else []
+        copies = admitted(sides, recipe or named(""), target, work)
+        stand_in, notes = (recipe, []) if recipe else without_recipe(sides, copies[0], work)
+        chain = Chain(stand_in, target, copies[0], work, watch)
+        report = chain.stage("measure", "measure.bench", copies[-1], {})
+        return {"measure": {**report, "notes": [*notes, *report["notes"]]}}
+
+
 def opened(path: Path, folder: Path) -> Side:
     """The model at `path`, out of its bundle where it is in one; bundles are verified."""
     if not path.exists():

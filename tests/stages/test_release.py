@@ -4,6 +4,7 @@ Nothing here asserts a time; ratios are those of CPU time between models of 4 an
 """
 
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 from edgewright.build import no_recipe
 from edgewright.decision import Settled
 from edgewright.errors import BadInput
-from edgewright.measure import host
+from edgewright.measure import host, throughput
 from edgewright.measure import release as race
 from edgewright.measure.race import CandidateFailed, Pace
 from edgewright.recipe import parse_recipe
 from edgewright.release import Side, generate, judge, refuse_strangers, relaxed
+from edgewright.runtime.session import Launch
 from edgewright.target import parse_target
 
 WIDTH = 192
@@ -169,3 +171,16 @@ def test_a_golden_release_has_a_tolerance_of_its_own():
     settled = Settled(latency=0.03, golden=0.2)
     found = relaxed(recipe, settled).gate.tolerance
     assert (found.latency, found.memory, found.metric) == (0.2, 0.2, 0.02)
+
+
+def test_throughput_counts_threads_and_streams(models, here, monkeypatch):
+    monkeypatch.setattr(throughput, "ROUND_S", 0.05)
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    found = throughput.throughput(models[4], FEEDS, here, Launch(), cores)
+    counts = [1, 2][: len(cores)]
+    assert [row["threads"] for row in found["threads"]] == counts
+    assert [row["streams"] for row in found["streams"]] == counts
+    for row in found["threads"] + found["streams"]:
+        assert len(row["rounds"]) == 3
+        assert row["per_second"] == pytest.approx(float(np.median(row["rounds"])), abs=1e-3)
+        assert row["per_second"] > 0

@@ -8,7 +8,7 @@ import click
 
 from edgewright.cli.evidence import Evidence, evidence_options
 from edgewright.cli.options import PATH, options, settings
-from edgewright.cli.terminal import emit, emit_json
+from edgewright.cli.terminal import emit, emit_json, emit_table
 from edgewright.errors import BadInput
 from edgewright.files import copy_atomic
 from edgewright.recipe import Recipe, load_recipe, parse_recipe
@@ -206,20 +206,35 @@ def validate(
 @click.command()
 @click.argument("candidate", metavar="MODEL", type=PATH)
 @click.argument("original", metavar="[OTHER]", type=PATH, required=False)
-@options("recipe", "target", "json")
+@click.option("--recipe", "recipe_path", type=PATH, help="The recipe, for its inputs.")
+@options("target", "json")
 def bench(
-    candidate: Path, original: Path | None, recipe_path: Path, target_name: str, as_json: bool
+    candidate: Path,
+    original: Path | None,
+    recipe_path: Path | None,
+    target_name: str,
+    as_json: bool,
 ) -> None:
     """Measure MODEL on the target, taking turns with OTHER (default: with itself).
 
-    The recipe's calibration inputs are what both are run on.
+    Both run on the recipe's calibration inputs; without a recipe on the golden inputs of a
+    bundle, or on random ones.
 
     \b
     edgewright bench int8.onnx model.onnx --recipe recipe.toml --target cpu
     """
-    recipe, target = settings(recipe_path, target_name)
-    models = {"newest": candidate, "export": original or candidate}
-    show(recipe, target, on_files(["measure"], recipe, target, models), as_json)
+    from edgewright.console import watching
+    from edgewright.release import measured, named
+
+    recipe = load_recipe(recipe_path) if recipe_path else None
+    target = load_target(target_name)
+    with watching(target.name) as watch:
+        reports = measured(candidate, original, target, recipe=recipe, watch=watch)
+    show(recipe or named(""), target, reports, as_json)
+    if not as_json:
+        from edgewright.report.bench import lines
+
+        emit_table(lines(reports["measure"], alone=original is None))
 
 
 @click.command()

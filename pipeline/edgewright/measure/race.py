@@ -166,6 +166,7 @@ def take_slice(side: str, session: Session, calls: int, turn: int) -> dict[str, 
         "total_wall_s": round(answer["total_wall_s"], 7),
         "run_queue_s": round(answer["run_queue_s"], 7),
         "involuntary_switches": answer["involuntary_switches"],
+        "steal_ticks": answer["steal_ticks"],
     }
 
 

@@ -109,6 +109,15 @@ def since_start():
     return time.monotonic() - float(started) if started else None
 
 
+def steal_ticks():
+    """Clock ticks that a hypervisor gave to others, over all cores since boot; 0 if unknown."""
+    try:
+        with open("/proc/stat") as file:
+            return int(file.readline().split()[8])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
 def count_elements(shapes):
     """Elements of all tensors in the profiler's list of {type: dimensions}."""
     sizes = [1 for item in shapes for _ in item.values()]
@@ -395,6 +404,7 @@ class Server:
         cpu_clock, wall_clock = time.process_time, time.perf_counter
         self.turn = header.get("turn", self.turn)
         seconds, min_runs = header["seconds"], header.get("min_runs", 1)
+        steal = steal_ticks()
         queue, switches = run_queue_ns(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         begin = time.perf_counter()
         cpu_begin = time.process_time()
@@ -415,6 +425,7 @@ class Server:
             "total_cpu_s": time.process_time() - cpu_begin,
             "run_queue_s": (run_queue_ns() - queue) / 1e9,
             "involuntary_switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches,
+            "steal_ticks": steal_ticks() - steal,
         }, ()
 
     def memory(self, header, _):

@@ -74,6 +74,7 @@ WORKER: dict[str, dict[str, Any]] = {
             "total_cpu_s": SECONDS,
             "run_queue_s": {"type": "number"},
             "involuntary_switches": {"type": "integer"},
+            "steal_ticks": {"type": "integer"},
         }
     ),
     "warm": table({"wall_s": TIMES}),
