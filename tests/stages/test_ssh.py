@@ -17,7 +17,7 @@ from conftest import tiny_model
 from loopback import loopback
 from onnx import TensorProto, helper
 
-from edgewright import measure
+from edgewright import measure, pool
 from edgewright.errors import DeviceUnavailable, EnvironmentMissing, IntegrityError
 from edgewright.runtime import doctor
 from edgewright.runtime.launch import open_on_target
@@ -132,7 +132,14 @@ def test_weights_beside_the_model_go_with_it(device, tmp_path):
     path = tmp_path / "model.onnx"
     onnx.save(tiny_model(), path, save_as_external_data=True, location="w.bin", size_threshold=0)
     with Session(path) as here, open_on_target(path, device.profile()) as there:
-        assert np.array_equal(here.run({"x": X})[0], there.run({"x": X})[0])
+        expected = here.run({"x": X})[0]
+        assert np.array_equal(expected, there.run({"x": X})[0])
+    # Of several models that share them, the worker there takes them from the file itself.
+    shared = pool.places(onnx.load(path, load_external_data=False))
+    assert {place[0] for place in shared.values()} == {"float32"} and len(shared) > 3
+    target = device.profile()
+    with Session(path, launch=link.launch(target), weights="w.bin", places=shared) as borrowing:
+        assert np.allclose(expected, borrowing.run({"x": X})[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_worker_is_pinned_on_the_device(device, model):

@@ -132,9 +132,6 @@ class Bridge:
             self.started = True
         optimized = header.get("optimized")
         there = {**header, "model": f"{folder}/{path.name}"}
-        if header.get("weights"):
-            shared = Path(header["weights"])
-            there["weights"] = f"{await link.push({shared.name: shared})}/{shared.name}"
         there["cores"] = header.get("cores") or list(self.run.pin)
         for key in ("optimized", "profile"):
             if there.get(key):
