@@ -8,7 +8,9 @@ Every run is `edgewright gate` as a user starts it, a model against another: the
 (A/A), one with an extra real operator of known relative cost (calibrated by measurement: +5 %,
 +10 %), and one with a table of weights that costs 2 % more memory. Busy neighbours are started
 here, as many as asked for, and end with the bench. Raw results are appended to a JSON Lines file,
-with the commit and the load of the machine; only runs of one commit are counted together.
+with the commit and the load of the machine; only runs of one commit and one setting are counted
+together. --nice: on a machine that is busier than wanted, the priority of the gate (not of the
+neighbours), so that its share of a core is that beside fewer of them.
 """
 
 import argparse
@@ -51,6 +53,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--neighbours", type=int, default=2)
+    parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="Stop after these.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="", help="Default: that of this checkout.")
@@ -63,6 +66,7 @@ def main() -> int:
         print(table(rows, asked.commit))
         return 0
     commit = asked.commit or this_commit()
+    setting = {"commit": commit, "neighbours": asked.neighbours, "nice": asked.nice}
     plan = {kind: getattr(asked, kind) for kind in PLAN}
     end = time.monotonic() + 60 * asked.minutes
     with tempfile.TemporaryDirectory(prefix="gate-power-") as name, neighbours(asked.neighbours):
@@ -70,11 +74,11 @@ def main() -> int:
         costs = calibration(rows, commit, folder, asked.results)
         models = make_models(folder, costs)
         while time.monotonic() < end:
-            kind = next_kind(read(asked.results), commit, plan)
+            kind = next_kind(of(read(asked.results), setting), plan)
             if kind is None:
                 break
-            row = judge(kind, models)
-            append(asked.results, {**row, "commit": commit, "neighbours": asked.neighbours})
+            row = judge(kind, models, asked.nice)
+            append(asked.results, {**row, **setting})
             print(json.dumps(row), file=sys.stderr)
     print(table(read(asked.results), commit))
     return 0
@@ -265,21 +269,26 @@ def make_models(folder: Path, costs: dict[str, int]) -> dict[str, Path]:
     }
 
 
-def next_kind(rows: list[Row], commit: str, plan: dict[str, int]) -> str | None:
+def of(rows: list[Row], setting: Row) -> list[Row]:
+    """The runs of one setting: commit, neighbours, nice."""
+    runs = [row for row in rows if row["kind"] in PLAN]
+    return [row for row in runs if all(row.get(k, 0) == v for k, v in setting.items())]
+
+
+def next_kind(rows: list[Row], plan: dict[str, int]) -> str | None:
     """The kind that is farthest behind its plan; None where all is done."""
-    done = {k: sum(r["kind"] == k and r["commit"] == commit for r in rows) for k in plan}
+    done = {k: sum(r["kind"] == k for r in rows) for k in plan}
     open_kinds = [k for k in plan if done[k] < plan[k]]
     return min(open_kinds, key=lambda k: (done[k] + 1) / plan[k], default=None)
 
 
-def judge(kind: str, models: dict[str, Path]) -> Row:
+def judge(kind: str, models: dict[str, Path], nice: int) -> Row:
     """One run of the command: its verdict, seconds from start to end, and what it rests on."""
     words = ["gate", "--candidate", models[kind], "--baseline", models["base"], "--json"]
     before = where()
     begin = time.monotonic()
-    ran = subprocess.run(
-        [sys.executable, "-m", "edgewright", *map(str, words)], capture_output=True, text=True
-    )
+    command = ["nice", "-n", str(nice), sys.executable, "-m", "edgewright", *map(str, words)]
+    ran = subprocess.run(command, capture_output=True, text=True)
     seconds = time.monotonic() - begin
     if ran.returncode not in (0, 1, 4):
         raise SystemExit(f"edgewright gate ended with {ran.returncode}:\n{ran.stderr[-2000:]}")
@@ -316,10 +325,14 @@ def where() -> Row:
 
 def table(rows: list[Row], commit: str = "") -> str:
     """The table of the docs, of the newest commit or of the one named; exact 95 % bounds."""
-    commit = commit or (rows[-1]["commit"] if rows else "")
-    chosen = [r for r in rows if r["commit"] == commit]
+    runs = [r for r in rows if r["kind"] in PLAN and r["commit"] == (commit or r["commit"])]
+    if not runs:
+        return "no runs yet"
+    setting = {key: runs[-1].get(key, 0) for key in ("commit", "neighbours", "nice")}
+    chosen = of(rows, setting)
     lines = [
-        f"Commit {commit}, {len([r for r in chosen if r['kind'] in PLAN])} verdicts.",
+        f"Commit {setting['commit']}, {len(chosen)} verdicts beside {setting['neighbours']} "
+        f"neighbours, nice {setting['nice']}.",
         "",
         "| candidate | true ratio | runs | FAIL | INCONCLUSIVE | PASS | seconds, median (most) "
         "| load, median (most) |",
