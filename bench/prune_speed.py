@@ -4,10 +4,10 @@
     python bench/prune_speed.py --kit ../shared/kit [CASE] [--macs 0.56,0.27] [--multiples 1,4,8,16]
 
 The case is pruned to the same share of every group (by `l2`: which units go does not change the
-speed), brought to int8 in full, and timed against the unpruned int8 and float models: all in
-one process on one thread, in turns of random order, CPU time. Prints the share of work and of
-channels that remain, and the median speed-up over the unpruned int8 with its 95 % bounds from
-the sign test. Models are kept in --out and not made again.
+speed), brought to int8 in full, and both are timed against the unpruned int8 and float models:
+all in one process on one thread, in turns of random order, CPU time. Prints the share of work and
+of channels that remain, and the median speed-up over the unpruned model in the same type, and over
+the float original, with 95 % bounds from the sign test. Models are kept in --out, not made again.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> int:
     if not simple.exists():
         edgewright("simplify", asked.kit / asked.case / "model.onnx", recipe, simple, asked.target)
     models = {("whole", "float"): simple}
-    facts: dict[tuple[str, str], dict[str, Any]] = {}
+    facts: dict[str, dict[str, Any]] = {}
     models["whole", "int8"] = int8_of(simple, folder / "whole.toml", asked.target)
     for macs in asked.macs.split(","):
         for multiple in asked.multiples.split(","):
@@ -74,15 +74,21 @@ def main() -> int:
             if not told.exists():
                 report = edgewright("prune", simple, recipe, name, asked.target)
                 told.write_text(report)
-            facts[macs, multiple] = json.loads(told.read_text())["prune"]
-            models[macs, multiple] = int8_of(name, recipe, asked.target)
+            name_of = f"{macs} by {multiple}"
+            facts[name_of] = json.loads(told.read_text())["prune"]
+            models[name_of, "float"] = name
+            models[name_of, "int8"] = int8_of(name, recipe, asked.target)
             print(f"{name.stem} is made", file=sys.stderr, flush=True)
-    print("| work asked | multiple | work left | channels left | int8 speed-up |\n|-|-|-|-|-|")
+    times = race(models, folder / "whole.toml", asked.rounds)
+    print("| work asked, multiple | work, channels left | type | faster than the same unpruned |"
+          " than the float original |\n|-|-|-|-|-|")  # fmt: skip
     slower = False
-    for key, (low, middle, high) in race(models, folder / "whole.toml", asked.rounds).items():
-        left, channels = kept(facts[key]) if key in facts else ("1", "1")
-        print(f"| {' | '.join(key)} | {left} | {channels} | {middle:.2f} [{low:.2f}, {high:.2f}] |")
-        slower |= key[0] != "whole" and high < 1
+    for (cut, kind), mine in times.items():
+        left, channels = kept(facts[cut]) if cut in facts else ("1", "1")
+        same, first = (ratio(times["whole", k], mine) for k in (kind, "float"))
+        shown = " | ".join(f"{m:.2f} [{low:.2f}, {high:.2f}]" for low, m, high in (same, first))
+        print(f"| {cut} | {left}, {channels} | {kind} | {shown} |")
+        slower |= cut != "whole" and same[2] < 1
     return 1 if slower else 0
 
 
@@ -121,8 +127,8 @@ def kept(report: dict[str, Any]) -> tuple[str, str]:
 
 def race(
     models: dict[tuple[str, str], Path], recipe: Path, rounds: int
-) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Speed-up over ("whole", "int8"): median and 95 % bounds over rounds of turns."""
+) -> dict[tuple[str, str], list[float]]:
+    """CPU seconds of each model in each round of turns."""
     read = load_recipe(recipe)
     feeds = list(samples(read, input_specs(load(models["whole", "float"])), 4))
     sessions = {key: open_local(path) for key, path in models.items()}
@@ -133,11 +139,12 @@ def race(
             spent = spend(sessions[key], feeds, 0.08)
             if turn:  # the first is to get warm
                 times[key].append(spent)
-    first = times["whole", "int8"]
-    return {
-        key: bounds([a / b for a, b in zip(first, mine, strict=True)])
-        for key, mine in times.items()
-    }
+    return times
+
+
+def ratio(first: list[float], mine: list[float]) -> tuple[float, float, float]:
+    """How many times as fast, round by round: see `bounds`."""
+    return bounds([a / b for a, b in zip(first, mine, strict=True)])
 
 
 def bounds(values: list[float]) -> tuple[float, float, float]:

@@ -469,7 +469,9 @@ def test_compression_is_told_stage_by_stage() -> None:
         "method": "compensate",
         "layers": [{"node": "a", "op": "Conv"}, {"node": "b", "op": "Conv", "reason": "odd"}],
     }
+    prune |= {"compressed_bytes": [900, 500], "cpu_ratio": 1.013}
     share = {"duplicate_bytes": 10, "sent_bytes": {"before": 100, "after": 20}, "codebooks": []}
+    share["training"] = {"start": {"distance": 0.5}, "best": {"distance": 0.125}}
     for name, one in (("prune", prune), ("recover", recover), ("share", share)):
         report["stages"].insert(2, {"stage": name, "cached": False, "report": one})
     page = html.render(report)
@@ -480,6 +482,9 @@ def test_compression_is_told_stage_by_stage() -> None:
         "costs too much",
         "1 of 2",
         "100 B before, 20 B after",
+        "900 B before, 500 B with the zeros",
+        "1.013",
+        "0.5 by k-means, 0.125 after training",
     ):
         assert words in page, words
     assert "Compression beyond int8" not in html.render(full())

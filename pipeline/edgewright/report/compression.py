@@ -33,6 +33,11 @@ def prune(report: tables.Report) -> dict[str, Any]:
     if isinstance(soft := find(report, "soft"), dict):
         steps = plain(soft.get("steps"))
         facts.append(("trained before the cut", f"{plain(soft.get('way'))}, {steps} steps"))
+    if packed := find(report, "compressed_bytes"):
+        before, after = (tables.bytes_text(size) for size in packed)
+        facts.append(("compressed (zlib)", f"{before} before, {after} with the zeros"))
+    if (ratio := number(find(report, "cpu_ratio"))) is not None:
+        facts.append(("processor time with the zeros", tables.ratio_text(ratio)))
     return {
         "facts": [
             *facts,
@@ -98,8 +103,14 @@ def share(report: tables.Report) -> dict[str, Any]:
     if not report:
         return {}
     before, after = (find(report, "sent_bytes", key) for key in ("before", "after"))
+    start, best = (number(find(report, "training", k, "distance")) for k in ("start", "best"))
+    learnt = []
+    if start is not None and best is not None:
+        text = f"{start:.4g} by k-means, {best:.4g} after training"
+        learnt.append(("distance from the model before", text))
     return {
         "facts": [
+            *learnt,
             ("stored twice before", tables.bytes_text(report.get("duplicate_bytes"))),
             (
                 "sent, entropy coded",
