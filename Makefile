@@ -31,6 +31,10 @@ else
 needs := $(base)
 endif
 
+# Two processes, a file of tests to each at a time: its fixtures are made once. In the order of the
+# files, since the long ones come first; by their number of tests one of minutes would be the last.
+beside := -n 2 --dist loadfile --no-loadscope-reorder
+
 meaning = case $$code in \
 	1) why="gate FAIL";; 2) why="usage";; 3) why="bad input";; 4) why="gate INCONCLUSIVE";; \
 	5) why="integrity";; 6) why="environment";; 130|143) why="interrupted";; \
@@ -50,7 +54,7 @@ test: $(dev)
 	@$(bin)/edgewright setup --target arm --target cpu-avx2
 	@[ "$$(uname -m)" != x86_64 ] || $(bin)/edgewright setup --target openvino \
 		|| echo "edgewright: the tests with OpenVINO will be skipped" >&2
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest $(beside) --durations=25
 
 lint: $(dev)
 	$(bin)/ruff check .

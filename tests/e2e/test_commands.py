@@ -160,7 +160,7 @@ def test_cache_is_shown_and_cleared(built, edgewright, tmp_path):
     words = ("build", built, "--target", "cpu", "--out", tmp_path / "out")
     strange = {**env, "EDGEWRIGHT_STAGE_TIMEOUT_S": "5"}  # measuring takes longer: it is stopped
     assert edgewright(*words, env=strange).code == 3
-    assert edgewright("cache", "show", "--json", env=env).json["entries"] >= 2
+    assert edgewright("cache", "show", "--json", env=env).json["entries"] >= 1
     assert edgewright("cache", "clear", env=env).code == 0
     assert edgewright("cache", "show", "--json", env=env).json["entries"] == 0
 
