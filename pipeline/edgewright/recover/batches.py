@@ -63,7 +63,9 @@ def take_samples(feeds: Iterable[Feed], limit: int) -> tuple[list[Feed], str]:
         need = sum(v.nbytes for v in feed.values())
         if len(kept) >= limit or (kept and size + need > MEMORY):
             return kept, f"training uses the first {len(kept)} samples ({size >> 20} MiB)"
-        kept.append({n: np.require(v, requirements="CW") for n, v in feed.items()})  # torch writes
+        kept.append(
+            {n: np.require(v, requirements=["C", "W"]) for n, v in feed.items()}
+        )  # torch writes
         size += need
     if len(kept) < FEWEST:
         raise BadInput(
