@@ -53,6 +53,7 @@ class Launch:
 def plain(text: str) -> str:
     """The runtime's message on one line, without codes and positions in its C++ source."""
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(text.split()))
+    text = re.sub(r"/\S+:\d+ .*\[OpenVINO-EP\] ", "OpenVINO: ", text)
     return re.sub(r"/\S+:\d+ .*?\) (?=[A-Z])", "", text)
 
 
