@@ -133,9 +133,9 @@ def test_the_report_follows_from_the_raw_samples(models, native):
 
 def test_a_model_races_itself_to_a_draw(models, native):
     sizes = feeds((16, 64, 40))
-    latency = measure.compare(
-        models[4], models[4], sizes, native, quietly, launches=1, seconds=4
-    )["latency"]
+    both = models[4], models[4]
+    report = measure.compare(*both, sizes, native, quietly, launches=1, seconds=4)
+    latency = report["latency"]
     assert latency["ratio_low"] < 1.03
     assert latency["ratio_high"] > 0.97
 
