@@ -76,12 +76,11 @@ def deploy(bundle: Path, target: Target, root: str, wish: Wish) -> dict[str, Any
             ("--delta", wish.delta),
         ):
             words += [flag] * wanted
-        with link.held(target):
-            ended = link.run_on(target, {PROGRAM: program, BUNDLE: bundle, **keys}, words)
+        with link.Link(target) as device:
+            ended = device.run({PROGRAM: program, BUNDLE: bundle, **keys}, words)
             report = told(target, ended, answers.INSTALLED)
             if report.get("self_test") is None:
-                words = [f"@/{PROGRAM}", "self-test", *place]
-                ended = link.run_on(target, {PROGRAM: program}, words)
+                ended = device.run({PROGRAM: program}, [f"@/{PROGRAM}", "self-test", *place])
                 report["self_test"] = told(target, ended, answers.PROVEN)
     return report
 

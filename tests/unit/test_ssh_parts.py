@@ -298,8 +298,8 @@ def test_an_agent_tells_how_a_command_ended(tmp_path):
     assert agent.ask("start", words=words, capture=True)["pid"]
     ended = agent.hear()
     assert (ended["status"], ended["said"], agent.data) == (7, "err\n", b"out\n")
-    agent.ask("start", words=["sh", "-c", "kill -ILL $$"], capture=True)
-    assert agent.hear()["status"] == -4
+    agent.ask("start", words=["sh", "-c", "echo more; kill -ILL $$"], capture=True)
+    assert agent.hear()["status"] == -4 and agent.data == b"more\n"
     agent.ask("start", words=["there-is-no-such-program"], capture=True)
     assert agent.hear()["status"] == 127
     agent.end()

@@ -97,7 +97,7 @@ class Agent:
         Without a key they are for the job folder, which goes with the link.
         """
         folder = self.place(header["key"])
-        if not os.path.isdir(folder):
+        if not header["key"] or not os.path.isdir(folder):
             need = sum(item["size"] for item in header["files"].values())
             room = os.statvfs(self.folder)
             if need > room.f_bavail * room.f_frsize:
@@ -133,6 +133,8 @@ class Agent:
             if self.digest(path) != item["sha256"]:
                 shutil.rmtree(new, ignore_errors=True)
                 raise Refused("damaged", "%s arrived with other bytes" % name)
+        if not header["key"]:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier command
         try:
             os.rename(new, folder)
         except OSError:
@@ -146,8 +148,8 @@ class Agent:
         self.capture = bool(header.get("capture"))
         reader, writer = os.pipe()
         out, into = os.pipe()
-        with open(os.path.join(self.job, "said"), "wb"):
-            pass
+        for name in ("said", "out"):  # without what an earlier child said
+            open(os.path.join(self.job, name), "wb").close()
         environment = dict(os.environ)
         environment.update(header.get("env", {}))
         environment["EDGEWRIGHT_STARTED"] = repr(time.monotonic())

@@ -81,6 +81,14 @@ class Link:
             raise from_wire(answer["error"])
         return answer
 
+    def run(self, files: dict[str, Path], words: list[str]) -> dict[str, Any]:
+        """Run the device's Python with these words; "@/NAME" in them is one of the pushed files.
+
+        {"status": the exit status or minus the signal, "out", "said": the end of standard error}.
+        """
+        names = {name: str(path.absolute()) for name, path in files.items()}
+        return self.ask({"op": "command", "files": names, "words": words})
+
     def close(self) -> None:
         """Hang up and wait until the device is tidied up."""
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -187,7 +195,7 @@ def probe(target: Target) -> Facts:
     with Link(target) as link:
         found = link.ask({"op": "facts"})["facts"]
         check(target, found)
-        ended = link.ask({"op": "command", "files": {}, "words": ["-c", PROBE]})
+        ended = link.run({}, ["-c", PROBE])
     where = f"device {target.name} ({target.run.host})"
     if ended["status"]:
         raise EnvironmentMissing(
@@ -213,13 +221,3 @@ def version(found: Facts, package: str) -> str | None:
     """The version of a package on the device; of onnxruntime, whatever its variant."""
     names = [n for n in sorted(found["packages"]) if n.partition("_")[0] == package]
     return found["packages"][names[0]] if names else None
-
-
-def run_on(target: Target, files: dict[str, Path], words: list[str]) -> dict[str, Any]:
-    """Run the device's Python with these words; "@/NAME" in them is one of the pushed files.
-
-    {"status": the exit status or minus the signal, "out", "said": the end of standard error}.
-    """
-    names = {name: str(path.absolute()) for name, path in files.items()}
-    with Link(target) as link:
-        return link.ask({"op": "command", "files": names, "words": words})
