@@ -287,16 +287,19 @@ def cells(seed: int, share: float, base: Distillation, name: str) -> Cells:
 
 def spread(runs: list[Found], key: str) -> str:
     values = [run[key] for run in runs if key in run]
+    digits = 4 if key == "distance" else 2
     if len(values) < 2:
-        return " ".join(f"{v:.2f}" for v in values)
-    return f"{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}"
+        return " ".join(f"{v:.{digits}f}" for v in values)
+    return f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
 
 
 def gap(runs: list[Found], against: list[Found], key: str, other: str) -> str:
     """Mean difference over the seeds, and the least one."""
     both = zip(runs, against, strict=False)
     values = [a[key] - b[other] for a, b in both if key in a and other in b]
-    return f"{np.mean(values):+.2f} (least {min(values):+.2f})" if values else ""
+    if len(values) < 2:
+        return " ".join(f"{v:+.2f}" for v in values)
+    return f"{np.mean(values):+.2f} (least {min(values):+.2f})"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -326,8 +329,10 @@ def show(name: str, runs: list[dict[str, Found]], share: float, base: Distillati
         if end := column.get(criterion):
             start = column[f"{criterion}: start"]
             found = [spread(start, "cut"), spread(start, "compensated"), spread(end, "distilled")]
-            rows.append([criterion, *found, gap(end, column["random"], *["distilled"] * 2)])
-    print(table(["criterion", "cut", "compensated", "distilled", "over random"], rows) + "\n")
+            against = gap(end, column["random"], "distilled", "distilled")
+            rows.append([criterion, *found, against, spread(end, "distance")])
+    titles = ["cut", "compensated", "distilled", "over random", "distance"]
+    print(table(["criterion", *titles], rows) + "\n")
     rows = []
     for words in losses(base):
         if end := column.get("hessian" if words == DEFAULT else words):
