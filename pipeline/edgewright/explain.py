@@ -134,7 +134,9 @@ def lines(found: Json) -> list[tuple[str, str]]:
         out.append(("model", f"{model['bytes']} bytes, sha256 {model['sha256']}"))
     sizes = {file["path"]: file["size"] for file in found["contents"]}
     for row in found["formats"]:
-        marked = "" if row["reproducible"] else "; not reproducible, two builds give other bytes"
+        marked = (
+            "" if row["reproducible"] else "; not reproducible, two builds may give other bytes"
+        )
         what = f"{row['path']}: {sizes[row['path']]} bytes, version {row['version']}{marked}"
         out.append((f"as {row['format']}", what))
     if quantization := model["quantization"]:

@@ -74,6 +74,10 @@ def test_it_computes_what_the_model_does(built, tmp_path):
 def test_told(built):
     text = dict(lines(explain(built, None)))["as ort"]
     assert text.startswith(f"{ORT}: {len(files(built)[ORT])} bytes, version 6; not reproducible")
+    rows = [{"path": ORT}]
+    sizes = {ORT: {"size": 12}, "model/model.onnx": {"size": 34}}
+    (note,) = formats.remarks(rows, sizes)
+    assert note["text"].startswith("model/model.ort: 12 bytes, as ONNX 34; not reproducible")
 
 
 def test_proven_on_the_device(built, tmp_path):

@@ -106,7 +106,7 @@ def run(job: Job) -> Report:
         "files": rows,
         "formats": [{**row, "bytes": entries[row["path"]]["size"]} for row in others],
         "golden": {"count": len(proof.feeds), "tolerances": proof.tolerances},
-        "notes": remarks(job, proof),
+        "notes": [*remarks(job, proof), *formats.remarks(others, entries)],
     }
 
 

@@ -1,7 +1,7 @@
 """The model in other formats beside ONNX, on request (`release.formats` of the recipe).
 
 They are proven here and on the device with the golden vectors of the model itself. The runtime
-that writes them gives other bytes another time, so they are marked: who builds again gets all
+that writes them may give other bytes another time, so they are marked: who builds again gets all
 else bit for bit.
 """
 
@@ -47,6 +47,19 @@ def make(
             }
         )
     return rows, files
+
+
+def remarks(rows: Sequence[Json], entries: dict[str, Json]) -> list[Json]:
+    """What the formats cost, for the report; `entries`: the manifest's rows by path."""
+    onnx = entries[manifest.MODEL]["size"]
+    return [
+        {
+            "level": "info",
+            "text": f"{row['path']}: {entries[row['path']]['size']} bytes, as ONNX {onnx}; "
+            "not reproducible: two builds may give other bytes",
+        }
+        for row in rows
+    ]
 
 
 def check(
