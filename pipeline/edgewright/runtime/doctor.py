@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.errors import EdgewrightError, IntegrityError
-from edgewright.runtime import emulator
+from edgewright.runtime import emulator, toolchain
 from edgewright.runtime.guest import ORT_PACKAGES
 from edgewright.runtime.launch import host_cpu, host_isa, launch_for
 from edgewright.runtime.providers import need_provider, runtime_packages
@@ -78,7 +78,8 @@ def how_it_runs(target: Target) -> str:
     if target.run.how == "emulate":
         version = emulator.qemu_version(target.device.arch) or "of unknown version"
         model = target.run.cpu_model.partition(",")[0]
-        return f"{provider}, emulated: QEMU {version}, CPU model {model}"
+        counts = "" if toolchain.present(target.device.arch) else "; no compiler to count with"
+        return f"{provider}, emulated: QEMU {version}, CPU model {model}{counts}"
     packages = " and ".join(runtime_packages(target))
     return f"{provider}, natively" + (f" with {packages}" if packages else "")
 
