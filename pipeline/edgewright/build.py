@@ -87,7 +87,7 @@ STAGES = {
     ),
     "share": Needs(
         table="share",
-        settings=("share", "quantize", "evaluation", "device", "host"),
+        settings=("share", "quantize", "calibration", "evaluation", "device", "host"),
         models={"export": "export", "previous": "newest"},
     ),
     "quantize": Needs(

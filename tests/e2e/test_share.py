@@ -49,11 +49,14 @@ def test_clustered_weights_stay_clustered_through_int8(edgewright, tmp_path: Pat
 
 def test_without_int8_codes_are_stored(edgewright, tmp_path: Path) -> None:
     text = RECIPE + '\n[quantize]\nscope = "off"\n[share]\ncodebook = 64\nmax_drop = 0.1\n'
+    text += 'assignment = "soft"\ntrain = { steps = 10, threads = 1 }\n'
     recipe = write_tiny(tmp_path / "r", text)
     out = tmp_path / "shared.onnx"
     ran = edgewright("share", recipe.parent / "model.onnx", "--recipe", recipe, "-o", out, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["share"]["form"] == "codes"
+    told = ran.json["share"]["training"]
+    assert told["best"]["distance"] <= told["start"]["distance"]
     before = (recipe.parent / "model.onnx").stat().st_size
     assert out.stat().st_size < 0.35 * before
     kinds = {t.data_type for t in onnx.load(out).graph.initializer}
