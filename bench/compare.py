@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """This working tree against an older commit, piece by piece, in turns: which is slower?
 
-    python bench/compare.py OLDREF [PIECE ...] [--launches 3] [--rounds 7] [--json FILE]
+    python bench/compare.py OLDREF [PIECE ...] [--launches 5] [--rounds 4] [--json FILE]
 
 Stored times of another day or machine say nothing, so both versions run now: for each piece (see
 bench/pieces.py) and launch a process of each, one at work while the other waits, in random order.
@@ -142,8 +142,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", metavar="OLDREF")
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=", ".join(PIECES))
-    parser.add_argument("--launches", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--launches", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
     parser.add_argument("--json", type=Path, metavar="FILE")
     asked = parser.parse_args()
