@@ -6,6 +6,9 @@ Nothing here asserts a time; ratios are those of CPU time between models of 4 an
 import json
 import os
 import platform
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +96,19 @@ def test_twice_the_work_fails(models, here):
     }
 
 
-def test_a_model_is_no_worse_than_itself(models, here):
-    report = race.compare(models[4], models[4], FEEDS, here, Settled(budget_s=60), quietly)
+def test_a_model_is_no_worse_than_itself_beside_a_neighbour_that_comes_late(models, here):
+    busy = [sys.executable, "-c", "while True: sum(range(100_000))"]
+    started = []
+    timer = threading.Timer(2.0, lambda: started.append(subprocess.Popen(busy)))
+    timer.start()
+    try:
+        report = race.compare(models[4], models[4], FEEDS, here, Settled(budget_s=60), quietly)
+    finally:
+        timer.cancel()
+        timer.join()
+        for process in started:
+            process.kill()
+            process.wait()
     last = report["decided"]["looks"][-1]
     assert last["latency"] != "FAIL"
     assert (last["memory"], last["cold_start"]) == ("PASS", "PASS")
