@@ -153,6 +153,7 @@ class PruneSettings:
     seed: int = 0
 
 
+FEW = 256  # samples up to which distillation sees all at every step, and makes varied ones
 HOLD = 5  # every fifth calibration sample is held out to judge training by
 
 
@@ -160,18 +161,24 @@ HOLD = 5  # every fifth calibration sample is held out to judge training by
 class Distillation:
     """[recover.distill]: how the pruned model learns from the original.
 
-    steps, minutes, rate, patience, seed: see `recover.training.Schedule`. batch: samples of a step.
+    solver: "newton" (every step sees all samples, see `recover.newton`), "adam" (batches, see
+    `recover.training`), or "auto": newton for at most FEW samples where no other setting speaks
+    against it. steps, minutes, rate, patience, seed: see `recover.training.Schedule`; newton passes
+    over the samples as often as that many batches would. batch: samples of a step.
     outputs: how outputs are compared: "auto" (by the node that makes them), "soft" (all are
     logits over the last axis) or "value" (squared error). temperature: softens distributions
     of outputs (N, classes); longer outputs, such as CTC's, are compared at 1. soft, feature,
     attention: weights of the losses. hard: weight of the true labels where they are given, at
     most 0.3, taken from the others. features: names of tensors for the feature loss; empty:
     the one before the last pooling. mix: trains on mixtures of two samples as well, for inputs
-    that are float32. keep_zeros: weights that are zero stay zero. quantized:
-    trains with weights and activations rounded as int8 will round them. samples: kept in memory.
+    that are float32 (adam). vary: copies of each of at most FEW samples, changed as
+    `recover.variants` says, that are learned from as well. keep_zeros: weights that are zero stay
+    zero. quantized: trains with weights and activations rounded as int8 will round them. samples:
+    kept in memory.
     threads: of the training; the result's last bits depend on their number.
     """
 
+    solver: Literal["auto", "newton", "adam"] = "auto"
     steps: int = 300
     minutes: float = 0.0
     rate: float = 0.0
@@ -186,6 +193,7 @@ class Distillation:
     hard: float = 0.0
     features: tuple[str, ...] = ()
     mix: bool = True
+    vary: int = 3
     keep_zeros: bool = False
     quantized: bool = False
     samples: int = 1024

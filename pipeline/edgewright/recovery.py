@@ -4,6 +4,8 @@ Compensation by least squares (`recover.compensate`), then, where the recipe ask
 distillation from the original (`recover.distill`, needs torch). This file is the stage.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from edgewright.recover.compensate import compensate
 from edgewright.recover.truth import truth_of
 from edgewright.stage import Job, Report
 
+Whole = Callable[[], onnx.ModelProto] | None
+
 
 def run(job: Job) -> Report:
     """The stage: the cut model with repaired weights, file layout and names unchanged."""
@@ -31,9 +35,9 @@ def run(job: Job) -> Report:
     original = untie(graph.load(job.models.get("simplify", job.models["export"])))
     graph.name_nodes(original)
     report: dict[str, Any] = {"notes": [], "method": settings.method, "layers": []}
-    model, kept = repaired(job, settings, original, pruned, report)
+    model, kept, whole = repaired(job, settings, original, pruned, report)
     if settings.method == "distill":
-        report["distillation"] = distilled(job, settings, original, model, kept)
+        report["distillation"] = distilled(job, settings, original, model, kept, whole)
     graph.save(model, job.output_model())
     return {**report, "model": graph.summary(job.output_model())}
 
@@ -44,14 +48,17 @@ def repaired(
     original: onnx.ModelProto,
     pruned: onnx.ModelProto,
     report: Report,
-) -> tuple[onnx.ModelProto, Kept]:
-    """The pruned model, compensated, and what was kept; as it is where nothing was cut."""
+) -> tuple[onnx.ModelProto, Kept, Whole]:
+    """The pruned model, compensated, and what was kept; as it is where nothing was cut.
+
+    Last, what compensates it on all samples, those too that training is judged by.
+    """
     analysis = analyse(original)
     removed = removed_units(pruned, analysis)
     if not removed:
         text = "no unit was cut from this model: there is nothing to compensate"
         report["notes"].append({"level": "info", "text": text})
-        return unmarked(pruned), {}
+        return unmarked(pruned), {}, None
     model, kept = cut(original, analysis, removed)
     if {t.name: list(t.dims) for t in model.graph.initializer} != {
         t.name: list(t.dims) for t in pruned.graph.initializer
@@ -64,17 +71,26 @@ def repaired(
     if trained(model, pruned):
         text = "the weights were trained before the cut: least squares would undo that"
         report["notes"].append({"level": "info", "text": text})
-        return unmarked(pruned), kept
+        return unmarked(pruned), kept, None
     specs = graph.input_specs(original)
-    report["layers"] = compensate(
-        original,
-        model,
-        kept,
-        lambda: fitting(settings, samples(job.recipe, specs, settings.samples)),
-        job.tell,
-        job.folder,
-    )
-    return model, kept
+
+    def fitted(student: onnx.ModelProto, some: RecoverSettings) -> None:
+        report["layers"] = compensate(
+            original,
+            student,
+            kept,
+            lambda: fitting(some, samples(job.recipe, specs, settings.samples)),
+            job.tell,
+            job.folder,
+        )
+
+    def whole() -> onnx.ModelProto:
+        student, _ = cut(original, analysis, removed)
+        fitted(student, replace(settings, method="compensate"))
+        return student
+
+    fitted(model, settings)
+    return model, kept, whole
 
 
 def trained(sliced: onnx.ModelProto, pruned: onnx.ModelProto) -> bool:
@@ -92,8 +108,11 @@ def distilled(
     original: onnx.ModelProto,
     model: onnx.ModelProto,
     kept: Kept,
+    whole: Whole,
 ) -> Report:
     """Train the model in place by the original's answers; how that went.
+
+    whole: gives the start of the last training, which sees all samples; see `recover.distill`.
 
     Raises EnvironmentMissing where torch is not installed.
     """
@@ -108,6 +127,7 @@ def distilled(
         lambda: samples(job.recipe, specs, settings.distill.samples),
         settings.distill,
         kept=kept,
+        whole=whole,
         labels=truth_of(job.recipe),
         folder=job.unfinished,
         tell=job.tell,

@@ -31,6 +31,7 @@ def lesson_of(training: SoftTraining) -> Distillation:
         samples=training.samples,
         seed=training.seed,
         threads=training.threads,
+        vary=0,
     )
 
 

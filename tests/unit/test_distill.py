@@ -157,7 +157,7 @@ def tell(text, done=0, total=0):
         time.sleep(60)
 report = distill(onnx.load(folder / "teacher.onnx"), student,
                  lambda: ({"x": row[None]} for row in x),
-                 Distillation(steps=80, rate=0.0, threads=1), folder=folder, tell=tell)
+                 Distillation(steps=80, solver="adam", threads=1), folder=folder, tell=tell)
 (folder / "out.onnx").write_bytes(student.SerializeToString(deterministic=True))
 (folder / "resumed").write_text(str(report["resumed_at"]))
 """
@@ -438,3 +438,23 @@ def test_few_samples_other_names_and_short_labels_are_refused(teacher):
     other.graph.node[-1].output[0] = other.graph.output[0].name = "scores"
     with pytest.raises(BadInput, match=r"no output 'y'.*scores"):
         distill(other, student, calibration, QUICK, kept=kept)
+
+
+def test_where_the_usual_rates_lead_away_slower_ones_are_tried():
+    weights = {"w": torch.nn.Parameter(torch.ones(8))}
+
+    def backward(step: int, rng: np.random.Generator) -> float:
+        loss = weights["w"].sum()  # always the same way: each step is as long as its rate
+        loss.backward()
+        return float(loss.detach())
+
+    def measure() -> training.Score:
+        return training.Score(1 + 1000 * float((weights["w"].detach() - 1).abs().max()), 1.0)
+
+    rate, tried = training.find_rate(
+        weights, backward, measure, measure(), training.Schedule(steps=100), lambda *a: None
+    )
+    # Five steps of one cycle are 3.5 of the rate long: 1.5 times as far away is 0.00014.
+    assert rate == 1e-4 and [row["rate"] for row in tried] == [1e-3, 3e-4, 1e-4]
+    assert tried[0]["distance"] == pytest.approx(4.5, abs=0.2)
+    assert torch.equal(weights["w"].detach(), torch.ones(8))

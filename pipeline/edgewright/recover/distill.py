@@ -12,13 +12,17 @@ import torch
 
 from edgewright.data import Feed
 from edgewright.errors import BadInput
-from edgewright.recipe import Distillation
+from edgewright.recipe import FEW, Distillation
 from edgewright.recover.batches import Student, Teacher, digest_of, take_samples
+from edgewright.recover.coordinates import make_coordinates
 from edgewright.recover.executor import GraphModule, to_module
 from edgewright.recover.lesson import Lesson, make_lesson
+from edgewright.recover.newton import descend, follow
 from edgewright.recover.rounding import rounding_of
 from edgewright.recover.training import Outcome, Schedule, fit, repeatable
 from edgewright.stage import Tell, say_nothing
+
+FEWEST_PASSES = 4  # of newton over the samples, however few `steps` are
 
 
 def distill(
@@ -28,6 +32,7 @@ def distill(
     settings: Distillation,
     *,
     kept: Mapping[tuple[str, int], np.ndarray] = {},
+    whole: Callable[[], onnx.ModelProto] | None = None,
     labels: np.ndarray | None = None,
     folder: Path | None = None,
     tell: Tell = say_nothing,
@@ -40,6 +45,10 @@ def distill(
     sample in the order of `feeds`, read only where `settings.hard` is above 0. folder: for the
     checkpoint; a run that was killed goes on from there and ends with the same bytes.
 
+    whole: gives the student's graph with weights that were fitted on the held-out samples, too.
+    What those have shown to be good is then done again from there, with all samples (newton), or
+    this is the result where training gained nothing.
+
     The result is never farther from the teacher on held-out samples than the start. Raises
     BadInput for operators without gradients, outputs that differ, and too few samples.
     """
@@ -47,8 +56,8 @@ def distill(
     def hooks(weights: Mapping[str, torch.nn.Parameter]) -> Hooks:
         return None, zeros_kept(weights) if settings.keep_zeros else None
 
-    return train(teacher, student, feeds, settings, kept=kept, labels=labels, hooks=hooks,
-                 keep="best", folder=folder, tell=tell)  # fmt: skip
+    return train(teacher, student, feeds, settings, kept=kept, whole=whole, labels=labels,
+                 hooks=hooks, keep="best", folder=folder, tell=tell)  # fmt: skip
 
 
 Penalty = Callable[[int], torch.Tensor] | None  # of a step, added to its loss
@@ -63,6 +72,7 @@ def train(
     settings: Distillation,
     *,
     kept: Mapping[tuple[str, int], np.ndarray] = {},
+    whole: Callable[[], onnx.ModelProto] | None = None,
     labels: np.ndarray | None = None,
     hooks: Callable[[Mapping[str, torch.nn.Parameter]], Hooks],
     keep: Literal["best", "last"] = "last",
@@ -89,20 +99,73 @@ def train(
                 raise BadInput("recover.distill.quantized", expected="an ONNX graph as student")
             pupil.rounding = rounding_of(graph, pupil, samples)
         lesson.penalty, after = hooks(pupil.weights)
-        outcome = fit(
-            pupil.weights,
-            lesson.backward,
-            lesson.measure,
-            schedule_of(settings),
-            digest=digest_of(samples, *parts),
-            folder=folder,
-            after=after,
-            keep=keep,
-            tell=tell,
-        )
-    if graph is not None:
-        pupil.write_back(graph)  # type: ignore[attr-defined]
-    return report(outcome, lesson, [n for n in (note, *notes) if n])
+        digest, schedule = digest_of(samples, *parts), schedule_of(settings)
+        against = against_newton(settings, keep, lesson, pupil)
+        if against and settings.solver == "newton":
+            raise BadInput("recover.distill.solver newton", found=against, hint='use "adam"')
+        if graph is None or not isinstance(pupil, GraphModule) or against:
+            solver = "adam"
+            outcome = fit(pupil.weights, lesson.backward, lesson.measure, schedule, digest=digest,
+                          folder=folder, after=after, keep=keep, tell=tell)  # fmt: skip
+        else:
+            solver = "newton"
+            passes = max(FEWEST_PASSES, settings.steps * settings.batch // len(lesson.train))
+            coordinates = make_coordinates(graph, pupil, lesson, settings.seed)
+            outcome = descend(coordinates, lesson.whole_gradient, lesson.measure, schedule, passes,
+                              digest=digest, folder=folder, tell=tell)  # fmt: skip
+        if graph is not None:
+            pupil.write_back(graph)  # type: ignore[attr-defined]
+        again = None
+        if (
+            graph is not None
+            and whole is not None
+            and (solver == "newton" or not outcome.best_step)
+        ):
+            graph.CopyFrom(whole())
+            again = repeat(teacher, graph, samples, settings, kept, labels, outcome, tell)
+    found = report(outcome, lesson, [n for n in (note, *notes) if n])
+    return {"solver": solver, **found, "with all samples": again}
+
+
+def repeat(
+    teacher: onnx.ModelProto | Teacher,
+    graph: onnx.ModelProto,
+    samples: list[Feed],
+    settings: Distillation,
+    kept: Mapping[tuple[str, int], np.ndarray],
+    labels: np.ndarray | None,
+    outcome: Outcome,
+    tell: Tell,
+) -> dict[str, Any]:
+    """As many steps of newton as were best before, with all samples, in place; the losses."""
+    if not outcome.best_step:
+        return {"samples": len(samples), "steps": 0}
+    pupil = to_module(graph)
+    lesson, _ = make_lesson(teacher, pupil, graph, samples, settings, kept, labels)
+    lesson.train = sorted([*lesson.train, *lesson.held])
+    coordinates = make_coordinates(graph, pupil, lesson, settings.seed)
+    share, steps = outcome.share, outcome.best_step
+    found = follow(coordinates, lesson.whole_gradient, steps, share, tell)
+    pupil.write_back(graph)
+    return {"samples": len(samples), **found}
+
+
+def against_newton(settings: Distillation, keep: str, lesson: Lesson, student: Student) -> str:
+    """Why all samples are not seen at every step, "" where they are."""
+    if settings.solver == "adam":
+        return "adam is asked for"
+    reasons = {
+        "the student is no ONNX graph": not isinstance(student, GraphModule),
+        "a loss that changes from step to step": keep == "last" or lesson.penalty is not None,
+        "weights that are rounded in training": settings.quantized,
+        "weights that are to stay zero": settings.keep_zeros,
+    }
+    if settings.solver == "auto":
+        reasons |= {
+            "a rate is given": settings.rate > 0,
+            f"more than {FEW} samples": len(lesson.train) + len(lesson.held) > FEW,
+        }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def schedule_of(settings: Distillation) -> Schedule:

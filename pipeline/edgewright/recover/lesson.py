@@ -10,12 +10,13 @@ import torch
 
 from edgewright.data import Feed
 from edgewright.errors import BadInput
-from edgewright.recipe import HOLD, Distillation
+from edgewright.recipe import FEW, HOLD, Distillation
 from edgewright.recover import losses
 from edgewright.recover.batches import Pair, Student, Teacher, rows_of_step, runtime_teacher
 from edgewright.recover.losses import Target
 from edgewright.recover.ops import Tensor
 from edgewright.recover.training import Score
+from edgewright.recover.variants import variants
 
 MOST_HARD = 0.3
 
@@ -26,6 +27,7 @@ def check_settings(settings: Distillation) -> None:
         "steps": (1, 10**7), "minutes": (0, 10**5), "rate": (0, 0.5), "batch": (1, 4096),
         "patience": (1, 10**6), "temperature": (0.1, 100), "soft": (0, 100), "feature": (0, 100),
         "attention": (0, 100), "hard": (0, MOST_HARD), "samples": (1, 10**6), "threads": (1, 256),
+        "vary": (0, 100),
     }  # fmt: skip
     for name, (low, high) in limits.items():
         value = getattr(settings, name)
@@ -128,6 +130,7 @@ class Lesson:
     labels: np.ndarray | None
     train: list[int]
     held: list[int]
+    real: int  # samples; those behind are varied ones
     penalty: Callable[[int], Tensor] | None = None
 
     def values(
@@ -153,25 +156,43 @@ class Lesson:
     def backward(self, step: int, rng: np.random.Generator) -> float:
         """Add the gradient of one step; its loss."""
         rows = rows_of_step(self.train, self.settings.batch, step, self.settings.seed)
-        mix = rng if self.settings.mix and step % 2 else None
-        total = 0.0
-        for group in self.pair.groups(rows):
-            mine, theirs = self.values(group, mix)
-            pairs = zip(self.matches, mine, theirs, strict=True)
-            terms = [m.weight * pair_loss(m, s, t, self.settings.temperature) for m, s, t in pairs]
-            loss = torch.stack(terms).sum()
-            if self.labels is not None and self.settings.hard and mix is None:
-                truth = torch.from_numpy(self.labels[group])
-                hard = torch.nn.functional.cross_entropy(mine[0], truth)
-                loss = (1 - self.settings.hard) * loss + self.settings.hard * hard
-            loss = loss * (len(group) / len(rows))
-            loss.backward()
-            total += float(loss.detach())
+        total = self.gradient(rows, rng if self.settings.mix and step % 2 else None)
         if self.penalty is not None:
             more = self.penalty(step)
             more.backward()
             total += float(more.detach())
         return total
+
+    def gradient(
+        self,
+        rows: list[int],
+        mix: np.random.Generator | None = None,
+        share: float = 1.0,
+        again: bool = False,
+    ) -> float:
+        """Add the gradient of a share of the mean loss of some samples; that share of the loss."""
+        total = 0.0
+        for group in self.pair.groups(rows):
+            mine, theirs = self.values(group, mix, again)
+            pairs = zip(self.matches, mine, theirs, strict=True)
+            terms = [m.weight * pair_loss(m, s, t, self.settings.temperature) for m, s, t in pairs]
+            loss = torch.stack(terms).sum()
+            real = [k for k in group if k < self.real]  # made-up samples have no label
+            if self.labels is not None and self.settings.hard and mix is None and real:
+                truth = torch.from_numpy(self.labels[real])
+                answers = mine[0][[group.index(k) for k in real]]
+                hard = torch.nn.functional.cross_entropy(answers, truth)
+                loss = (1 - self.settings.hard) * loss + self.settings.hard * hard
+            loss = loss * (share * len(group) / len(rows))
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def whole_gradient(self) -> float:
+        """Add the gradient of the mean loss of all training samples, in batches; the loss."""
+        size, count = self.settings.batch, len(self.train)
+        parts = [self.train[at : at + size] for at in range(0, count, size)]
+        return sum(self.gradient(rows, share=len(rows) / count, again=True) for rows in parts)
 
     def measure(self) -> Score:
         """How far the outputs are from the teacher's on held-out samples, at temperature 1."""
@@ -265,13 +286,19 @@ def make_lesson(
         )
     else:
         run = teacher
-    pair = Pair(student, run, [(m.student, m.teacher) for m in matches], feeds)
+    held = list(range(HOLD - 1, len(feeds), HOLD))
+    train = [k for k in range(len(feeds)) if k % HOLD != HOLD - 1]
+    more: list[Feed] = []
+    if settings.vary and len(feeds) <= FEW:
+        more = variants([feeds[k] for k in train], settings.vary * len(train), settings.seed)
+        if not more:
+            notes.append("no varied samples: no input is a sample with places, or whole numbers")
+    pair = Pair(student, run, [(m.student, m.teacher) for m in matches], [*feeds, *more])
     if not pair.stacked:
         notes.append("the graph takes one sample at a time: gradients of a batch are added up")
     if labels is not None and len(labels) < len(feeds):
         raise BadInput("labels", expected=f"one for each of {len(feeds)} samples",
                        found=str(len(labels)))  # fmt: skip
-    held = list(range(HOLD - 1, len(feeds), HOLD))
-    train = [k for k in range(len(feeds)) if k % HOLD != HOLD - 1]
-    lesson = Lesson(pair, matches, targets, kept, settings, labels, train, held)
+    train += range(len(feeds), len(feeds) + len(more))
+    lesson = Lesson(pair, matches, targets, kept, settings, labels, train, held, len(feeds))
     return lesson, [*notes, *drop_unlike(lesson)]

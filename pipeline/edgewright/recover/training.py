@@ -22,6 +22,7 @@ from edgewright.files import write_atomic
 from edgewright.stage import Tell
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+SLOWER = (3e-4, 1e-4)  # where not even the first of them is borne
 WORSE = 1.5  # a rate is too fast when a short cycle ends this much farther away
 WARM = 0.15  # share of the steps in which the rate rises
 SMALLEST = 1e-3  # root mean square below which a tensor counts as this large (Adafactor's eps2)
@@ -61,11 +62,15 @@ class Score:
 
 @dataclass
 class Outcome:
-    """What a training did; `stopped` says why it ended."""
+    """What a training did; `stopped` says why it ended.
+
+    share: of the way from the start to the weights of the best step (newton).
+    """
 
     start: Score
     best: Score
     best_step: int = 0
+    share: float = 1.0
     steps: int = 0
     rate: float = 0.0
     stopped: str = "all steps done"
@@ -162,8 +167,9 @@ def find_rate(
     first = snapshot(weights)
     steps = max(5, schedule.steps // 20)
     tried: list[dict[str, float]] = []
-    for k, rate in enumerate(RATES):
-        tell("choosing the learning rate", k, len(RATES))
+
+    def borne(rate: float) -> bool:
+        tell("choosing the learning rate", len(tried), len(RATES))
         optimizer = make_optimizer(weights)
         loss = 0.0
         for step in range(steps):
@@ -174,10 +180,16 @@ def find_rate(
         distance = math.inf if math.isnan(loss) else measure().distance
         tried.append({"rate": rate, "distance": distance})
         restore(weights, first)
-        if tried[-1]["distance"] > WORSE * start.distance:
+        return distance <= WORSE * start.distance
+
+    found = 0.0
+    for rate in RATES:
+        if not borne(rate):
             break
-    borne = [row["rate"] for row in tried if row["distance"] <= WORSE * start.distance]
-    return (borne[-1] if borne else RATES[0] / 3), tried
+        found = rate
+    if not found:
+        found = next((rate for rate in SLOWER if borne(rate)), SLOWER[-1] / 3)
+    return found, tried
 
 
 def save_state(
