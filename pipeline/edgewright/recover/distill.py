@@ -49,8 +49,9 @@ def distill(
     What those have shown to be good is then done again from there, with all samples (newton), or
     this is the result where training gained nothing.
 
-    The result is never farther from the teacher on held-out samples than the start. Raises
-    BadInput for operators without gradients, outputs that differ, and too few samples.
+    Without `whole` the result is never farther from the teacher on held-out samples than the
+    start; with it no sample is left to judge by. Raises BadInput for operators without gradients,
+    outputs that differ, and too few samples.
     """
 
     def hooks(weights: Mapping[str, torch.nn.Parameter]) -> Hooks:
