@@ -69,16 +69,17 @@ def evaluate(job: Job, notes: Notes) -> Report:
     metric, rises = Metric(job.recipe), job.recipe.data.higher_is_better
     original, shipped = job.models["export"], job.input_model()
     total = 0  # runs of one evaluation, known after the first
-    asked: list[Feeds] = []  # by the metric, of the original
+    asked: list[Feeds] = []  # by the metric, of the original; kept for an emulated target only
+    foresee = job.target.run.how == "emulate"
 
     def scored(path: Path, where: str, on_target: bool = False) -> tuple[float, np.ndarray | None]:
         nonlocal total, asked
         with opened(job, path, on_target, asked) as plain:
-            recorder = Recorder(plain)
-            counted = Counted(plain if asked else recorder, job.tell, f"evaluating {where}", total)
+            recorder = Recorder(plain) if not asked and foresee else None
+            counted = Counted(recorder or plain, job.tell, f"evaluating {where}", total)
             remembered = remembering(counted)
             values = metric.score(remembered), metric.per_sample(remembered)
-        total, asked = counted.runs, asked or recorder.feeds
+        total, asked = counted.runs, recorder.feeds if recorder else asked
         return values
 
     score, samples_before = scored(original, "the original")
@@ -132,7 +133,7 @@ def opened(job: Job, path: Path, on_target: bool, expected: Sequence[Feeds] = ()
     """
     if not on_target:
         yield open_local(path).run
-    elif job.target.run.how == "emulate" and expected:
+    elif expected:
         with running_ahead(lambda: open_shipped(job, path), expected) as ahead:
             yield ahead
     else:

@@ -166,7 +166,7 @@ ROWS: list[Row] = [
     (98, "the manifest's own name", lists("manifest.json"), "twice"),
     (99, "a parent folder", lists("../evil"), "'..'"),
     (99, "a parent folder inside", lists("x/../../evil"), "'..'"),
-    (99, "an absolute path", lists("/tmp/evil"), "absolute"),
+    (99, "an absolute path", lists("/evil"), "absolute"),
     (99, "a parent folder for Windows", lists("..\\evil"), "backslash"),
     (99, "a name with NUL", lists("zz/\0x"), "control"),
     (100, "a symbolic link", swapped(tarfile.SYMTYPE, linkname="/etc/passwd"), "link"),

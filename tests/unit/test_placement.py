@@ -232,10 +232,11 @@ def test_the_work_of_a_group_is_that_of_its_nodes_in_the_file():
     model = qdq_model()
     macs = macs_by_name(model, {"x": (3, 12)})
     assert macs == {"first": 3 * 12 * 8, "second": 3 * 8 * 4}
-    assert kernels.int8_layers(model) == {"first"}
+    int8 = {node.name for node in kernels.int8_nodes(model)}
+    assert int8 == {"first"}
     groups = [group(TENSORRT, "first"), group(CPU, "second/MatMulAddFusion")]
     groups[0]["nodes"].append({"name": "quantize", "op": "QuantizeLinear"})
-    found = placement.with_macs(groups, macs, kernels.int8_layers(model))
+    found = placement.with_macs(groups, macs, int8)
     assert [(g["macs"], g["int8_macs"]) for g in found] == [(288, 288), (96, 0)]
     nameless = placement.with_macs([group(TENSORRT, "")], macs, set())
     assert nameless[0]["macs"] is None, "no guess"

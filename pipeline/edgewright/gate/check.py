@@ -7,11 +7,9 @@ or not above zero decides nothing.
 import math
 from typing import Any, Final, Literal
 
+from edgewright.decision import FAIL, INCONCLUSIVE, PASS
 from edgewright.stage import Report
 
-PASS: Final = "PASS"
-FAIL: Final = "FAIL"
-INCONCLUSIVE: Final = "INCONCLUSIVE"
 NOT_JUDGED: Final = "NOT JUDGED"
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NOT JUDGED"]
 Check = dict[str, Any]
@@ -82,3 +80,20 @@ def noisy(measure: Report) -> str | None:
     if noise.get("quiet") is True:
         return None
     return f"the machine was not quiet: {noise.get('reason') or 'unknown noise'}"
+
+
+__all__ = [
+    "FAIL",
+    "INCONCLUSIVE",
+    "NOT_JUDGED",
+    "PASS",
+    "Check",
+    "Verdict",
+    "above_zero",
+    "check",
+    "finite",
+    "missing",
+    "no_number",
+    "noisy",
+    "part",
+]

@@ -1,5 +1,6 @@
 """The checks of memory and of the size of the file."""
 
+from edgewright.decision import MEMORY_SLACK
 from edgewright.gate.check import (
     FAIL,
     INCONCLUSIVE,
@@ -16,7 +17,6 @@ from edgewright.gate.check import (
 from edgewright.stage import Report
 
 MEMORY_MARGIN = 0.01  # with MEMORY_SLACK: repeats of one model differ by less
-MEMORY_SLACK = 256 << 10  # bytes
 
 
 def size(name: str, limit: float, measure: Report, key: str) -> Check:

@@ -14,10 +14,12 @@ import onnx
 from edgewright import model as graph
 from edgewright.data import Feed
 from edgewright.errors import EdgewrightError
+from edgewright.measure.kernels import int8_nodes
 from edgewright.measure.race import CANDIDATE, ORIGINAL
 from edgewright.runtime import counting, emulator
 from edgewright.target import Target
 
+INT8 = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 EXACT_RUNS = 3  # with one and the same number make a count exact
 WHAT = (
     "instructions of one inference, one thread, the number most of the last runs have; the first "
@@ -93,14 +95,6 @@ def int8_layers(model: onnx.ModelProto) -> int:
 
     Depthwise convolutions are left out: their kernels may use widening multiplications instead.
     """
-    known = {n.output[0]: n.op_type for n in model.graph.node if n.output}
-    count = 0
-    for node in model.graph.node:
-        inputs = [known.get(name) for name in node.input[:2]]
-        if node.op_type in ("Conv", "MatMul", "Gemm"):
-            int8 = inputs == ["DequantizeLinear"] * 2
-        else:
-            int8 = node.op_type in ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
-        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-        count += int8 and groups == 1
-    return count
+    layers = [n for n in int8_nodes(model) if n.op_type in ("Conv", "MatMul", "Gemm")]
+    layers += [n for part in graph.all_graphs(model.graph) for n in part.node if n.op_type in INT8]
+    return sum(all(a.name != "group" or a.i == 1 for a in node.attribute) for node in layers)

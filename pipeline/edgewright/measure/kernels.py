@@ -96,16 +96,14 @@ def stored_sizes(model: onnx.ModelProto) -> dict[str, list[Dims | None]]:
     return found
 
 
-def int8_layers(model: onnx.ModelProto) -> set[str]:
-    """Names of the nodes whose two operands both come out of DequantizeLinear.
+def int8_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes whose two operands both come out of DequantizeLinear.
 
     That is the form in which a compiling provider finds int8 layers; it does not tell which of
     its kernels took them.
     """
-    names = set()
+    found = []
     for part in graph.all_graphs(model.graph):
         dequantized = {n.output[0] for n in part.node if n.op_type == "DequantizeLinear"}
-        for node in part.node:
-            if len(node.input) > 1 and set(node.input[:2]) <= dequantized:
-                names.add(node.name)
-    return names
+        found += [n for n in part.node if len(n.input) > 1 and set(n.input[:2]) <= dequantized]
+    return found

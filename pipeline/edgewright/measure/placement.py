@@ -15,7 +15,7 @@ import numpy as np
 
 from edgewright import model as graph
 from edgewright.data import Feed
-from edgewright.measure.kernels import CONTAINERS, int8_layers, kernel_macs, kind, stored_sizes
+from edgewright.measure.kernels import CONTAINERS, int8_nodes, kernel_macs, kind, stored_sizes
 from edgewright.measure.race import CANDIDATE, ask, blame, open_side
 from edgewright.runtime.launch import session_options
 from edgewright.runtime.providers import COMPILING, on_host_cpu
@@ -244,6 +244,6 @@ def profile_nodes(
     file = graph.load(model)
     if target.runtime.provider in COMPILING:
         shapes = {name: array.shape for name, array in feeds[0].items()}
-        groups = with_macs(groups, macs_by_name(file, shapes), int8_layers(file))
+        groups = with_macs(groups, macs_by_name(file, shapes), {n.name for n in int8_nodes(file)})
     report = summarise(nodes, target, graph.count_nodes(file), timed, groups)
     return {**report, "runs": answer["runs"], "onnxruntime": version}

@@ -14,14 +14,13 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from edgewright.errors import EnvironmentMissing
 from edgewright.files import sha256_of
 from edgewright.runtime.guest import unpack_wheel
-from edgewright.runtime.installing import Tell, command, home, locked, os_errors
+from edgewright.runtime.installing import Tell, command, home, os_errors, place_once
 from edgewright.runtime.session import Launch
 
 # The newest build whose provider takes any x86-64 CPU: the plug-in of OpenVINO refuses all but
@@ -53,22 +52,13 @@ def install_build(provider: str, prove: Callable[[Launch], str], tell: Tell) -> 
 
     `prove` says what is wrong with it, "" for nothing. Safe to interrupt and to run twice.
     """
-    folder = build_folder(provider)
     with os_errors(f"setting up {BUILDS[provider]}"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent / f".{folder.name}.lock", tell):
-            if (folder / "build.json").is_file():
-                return
-            for leftover in folder.parent.glob(f".new-{folder.name}-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)  # has no build.json: not whole
-            work = Path(tempfile.mkdtemp(prefix=f".new-{folder.name}-", dir=folder.parent))
-            try:
-                work.chmod(0o755)
-                fill(provider, work, prove, tell)
-                work.rename(folder)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        place_once(
+            build_folder(provider),
+            "build.json",
+            lambda work: fill(provider, work, prove, tell),
+            tell,
+        )
 
 
 def fill(provider: str, work: Path, prove: Callable[[Launch], str], tell: Tell) -> None:

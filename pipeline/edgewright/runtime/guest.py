@@ -36,9 +36,9 @@ from edgewright.runtime.installing import (
     apt,
     command,
     home,
-    locked,
     need_tools,
     os_errors,
+    place_once,
     unpack_packages,
     update,
     write_apt_config,
@@ -145,23 +145,7 @@ def install_guest(run: RunSettings, qemu: str, tell: Tell) -> None:
 
     Proves it on the CPU that `run` describes. `qemu`: path of the emulator.
     """
-    guest = guest_folder()
-    if (guest / "guest.json").is_file():
-        return
-    guest.parent.mkdir(parents=True, exist_ok=True)
-    with locked(guest.parent / f".{guest.name}.lock", tell):
-        if (guest / "guest.json").is_file():
-            return
-        for leftover in guest.parent.glob(f".new-{guest.name}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        shutil.rmtree(guest, ignore_errors=True)  # has no guest.json: not whole
-        work = Path(tempfile.mkdtemp(prefix=f".new-{guest.name}-", dir=guest.parent))
-        try:
-            work.chmod(0o755)
-            build_guest(work, run, qemu, tell)
-            work.rename(guest)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    place_once(guest_folder(), "guest.json", lambda work: build_guest(work, run, qemu, tell), tell)
 
 
 def build_guest(guest: Path, run: RunSettings, qemu: str, tell: Tell) -> None:

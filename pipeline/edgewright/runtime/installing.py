@@ -9,6 +9,7 @@ import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -115,6 +116,29 @@ def locked(path: Path, tell: Tell) -> Iterator[None]:
             tell("another set-up is under way; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def place_once(folder: Path, marker: str, fill: Callable[[Path], None], tell: Tell) -> None:
+    """Let `fill` write an empty folder beside `folder`, then move it there, unless it is there.
+
+    A folder without the file `marker` is not whole. Safe to interrupt and to run twice.
+    """
+    if (folder / marker).is_file():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent / f".{folder.name}.lock", tell):
+        if (folder / marker).is_file():
+            return
+        for leftover in folder.parent.glob(f".new-{folder.name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".new-{folder.name}-", dir=folder.parent))
+        try:
+            work.chmod(0o755)
+            fill(work)
+            work.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 @contextlib.contextmanager
