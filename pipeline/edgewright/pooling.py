@@ -79,9 +79,9 @@ def pool_bundles(
         facts |= {"name": name, "version": version}
         if sequence is not None:
             facts["sequence"] = sequence
-        facts, files = documents(facts, files, parts)
+        facts, files, entries = documents(facts, files, parts)
         with replacing(out) as temporary:
-            digest, rows = assemble.archive(temporary, facts, files)
+            digest, rows = assemble.archive(temporary, facts, files, entries)
             proof = self_test(temporary, target, folder=work)
         return {
             "bundle": str(out),
@@ -208,8 +208,11 @@ def put_licence(files: dict[str, bytes | Path], listed: str, part: Part) -> None
 
 def documents(
     facts: Manifest, files: dict[str, bytes | Path], parts: Sequence[Part]
-) -> tuple[Manifest, dict[str, bytes | Path]]:
-    """The whole's own gate report, bill of materials and provenance, of what its parts say."""
+) -> tuple[Manifest, dict[str, bytes | Path], dict[str, Json]]:
+    """The whole's own gate report, bill of materials and provenance, of what its parts say.
+
+    Last, the manifest's lines of the files that are hashed.
+    """
     facts = {**facts, "gate": None}
     if all(part.facts["gate"] for part in parts):
         report = gate(parts)
@@ -217,15 +220,15 @@ def documents(
         facts["gate"] = {"verdict": report["verdict"], "report": manifest.GATE_REPORT}
     boms = [json.loads((part.folder / manifest.SBOM).read_bytes()) for part in parts]
     files[manifest.SBOM] = bom.merged(facts, [part.name for part in parts], boms)
-    rows = [assemble.entry(name, source) for name, source in sorted(files.items())]
+    entries = assemble.completed({}, files)
     files[manifest.PROVENANCE] = provenance.document(
-        rows,
+        [row for _, row in sorted(entries.items())],
         build_type=BUILD_TYPE,
         external={"name": facts["name"], "version": facts["version"]},
         sources=[("bundle", f"{part.name} manifest.json", part.manifest_digest) for part in parts],
         versions={"code": code_digest()},
     )
-    return facts, files
+    return facts, files, entries
 
 
 def gate(parts: Sequence[Part]) -> Json:

@@ -64,21 +64,23 @@ def rebuild(
 
 
 def compare(old: Verified, there: dict[str, Json], new: Verified, here: dict[str, Json]) -> Json:
-    """{"identical", "stage", "files", "inputs", "settings", "versions"}: what differs of each.
+    """{"identical", "as_declared", "stage", "files", "inputs", ...}: what differs of each.
 
     "stage" is the first one whose model differs, "" where all are equal; the others are rows of
     a name, what it was "there" (in the bundle) and what it is "here". "marked": the files that
-    the bundle says are not reproducible.
+    the bundle says are not reproducible; "as_declared": no other file differs.
     """
     stages = differing(*(by_name(d, "runDetails", "byproducts", "stage") for d in (there, here)))
+    files = differing(*({f["path"]: f["sha256"] for f in v.manifest["files"]} for v in (old, new)))
+    marked = [r["path"] for r in old.manifest.get("formats", ()) if not r["reproducible"]]
+    identical = old.manifest_bytes == new.manifest_bytes
     return {
-        "identical": old.manifest_bytes == new.manifest_bytes,
+        "identical": identical,
+        "as_declared": identical or (bool(files) and {row["name"] for row in files} <= {*marked}),
         "stage": stages[0]["name"] if stages else "",
         "stages": stages,
-        "marked": [r["path"] for r in old.manifest.get("formats", ()) if not r["reproducible"]],
-        "files": differing(
-            *({f["path"]: f["sha256"] for f in v.manifest["files"]} for v in (old, new))
-        ),
+        "marked": marked,
+        "files": files,
         "inputs": differing(
             *(by_name(d, "buildDefinition", "resolvedDependencies", "use") for d in (there, here))
         ),

@@ -226,15 +226,28 @@ class Gate(http.server.BaseHTTPRequestHandler):
         Gate.seen.append((self.path, said))
         here = f"http://{self.headers['Host']}"
         if self.path.startswith("/token"):
-            self.answer(200, {}, json.dumps({"token": "abc"}).encode())
+            token = "both" if "push" in self.path else "abc"
+            self.answer(200, {}, json.dumps({"token": token}).encode())
         elif self.path.startswith("/elsewhere"):
             self.answer(200, {}, b"content")
-        elif said != "Bearer abc":
-            challenge = f'Bearer realm="{here}/token",service="s",scope="repository:a:pull"'
+        elif self.path.startswith("/v2/a/lost"):
+            self.answer(307, {"Location": here.replace("127.0.0.1", "localhost") + "/greedy"}, b"")
+        elif self.path.startswith("/greedy"):
+            self.answer(401, {"WWW-Authenticate": f'Bearer realm="{here}/token"'}, b"")
+        elif self.path.startswith("/v2/a/nowhere"):
+            self.answer(307, {"Location": "https://[bad/"}, b"")
+        elif self.command == "POST" and said == "Bearer both":
+            self.answer(202, {}, b"")
+        elif said != "Bearer abc" or self.command == "POST":
+            scope = "pull,push" if self.command == "POST" else "pull"
+            challenge = f'Bearer realm="{here}/token",service="s",scope="repository:a:{scope}"'
             self.answer(401, {"WWW-Authenticate": challenge}, b"")
         else:
             other = here.replace("127.0.0.1", "localhost")
             self.answer(307, {"Location": f"{other}/elsewhere?signed=1"}, b"")
+
+    def do_POST(self) -> None:
+        self.do_GET()
 
     def answer(self, code: int, headers: dict[str, str], data: bytes) -> None:
         self.send_response(code)
@@ -254,8 +267,21 @@ def test_tokens_and_redirects():
         place = at(f"127.0.0.1:{server.server_port}/a:1", {USER: "u", PASSWORD: "p"})
         with place.ask("GET", "blobs/sha256:0") as answer:
             assert answer.read() == b"content"
+        seen = list(Gate.seen)
+        # A token to read with is none to write with: who we are is proven again.
+        place.ask("POST", "blobs/uploads/", good=(202,)).close()
+        fresh = at(f"127.0.0.1:{server.server_port}/a:1", {USER: "u", PASSWORD: "p"})
+        Gate.seen.clear()
+        with pytest.raises(EnvironmentMissing, match="does not let us"):
+            fresh.ask("GET", "lost")
+        assert [path for path, _ in Gate.seen] == [
+            "/v2/a/lost",
+            "/greedy",
+        ]  # and no token asked for
+        with pytest.raises(EnvironmentMissing, match="no URL"):
+            fresh.ask("GET", "nowhere")
         server.shutdown()
-    assert Gate.seen == [
+    assert seen == [
         ("/v2/a/blobs/sha256:0", ""),
         ("/token?service=s&scope=repository%3Aa%3Apull", "Basic dTpw"),  # base64 of u:p
         ("/v2/a/blobs/sha256:0", "Bearer abc"),
@@ -267,7 +293,15 @@ def test_references():
     one = parse(f"[::1]:5000/a/b__c.d:1.4.0_arm@sha256:{'0' * 64}")
     assert (one.host, one.port, one.name, one.tag) == ("[::1]", 5000, "a/b__c.d", "1.4.0_arm")
     assert str(one) == f"[::1]:5000/a/b__c.d:1.4.0_arm@sha256:{'0' * 64}"
-    for text in ("keyword", "host/A", "host/a:", "host/a/../b", "host/a:x@sha256:12", "host/a b"):
+    for text in (
+        "keyword",
+        "host/A",
+        "host/a:",
+        "host/a/../b",
+        "host/a:x@sha256:12",
+        "host/a b",
+        "host:99999/a:1",
+    ):
         with pytest.raises(UsageError, match="names no artifact"):
             parse(text)
     assert is_loopback("localhost") and is_loopback("127.9.9.9") and is_loopback("[::1]")

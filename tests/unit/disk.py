@@ -67,10 +67,10 @@ class Recorder:
         self.folder = folder
         self.ids: dict[int, int] = {}  # by inode number; one may come again for another file
         self.count = 1
-        self.begin = self.now = self.look({})
+        self.begin = self.now = self.look()
         self.changes: list[Change] = []
 
-    def look(self, before: Tree) -> Tree:
+    def look(self) -> Tree:
         """The folder as it is."""
         tree: Tree = {}
         alive: dict[int, int] = {}
@@ -98,7 +98,7 @@ class Recorder:
 
     def note(self) -> None:
         """Add what differs from the last look."""
-        new = self.look(self.now)
+        new = self.look()
         self.changes += differences(self.now, new)
         self.now = new
 

@@ -1,4 +1,4 @@
-"""Cases 90 to 111 of the threat list (docs/bundle.md), one row each and more where one is several.
+"""Ways to attack or spoil a bundle, by number: a row each, and more where one is several.
 
 Every row is a bundle as an enemy, an accident or a careless signer would send it: what can be
 signed is signed with the very key that the device trusts. Each goes to the single command of the

@@ -68,7 +68,7 @@ def run(job: Job) -> Report:
         files[manifest.GATE_REPORT] = judged
         gate = json.loads(judged)  # as a rebuild reads it: 1.0 has become 1
         verdict = {"verdict": gate_report["verdict"], "report": manifest.GATE_REPORT}
-    entries = {name: entry(name, source) for name, source in files.items()}
+    entries = completed({}, files)
     facts = describe(job, model, proof, verdict, time_stamp, entries)
     if others:
         facts["formats"] = others
@@ -83,13 +83,16 @@ def run(job: Job) -> Report:
         job.reports,
         job.recipe.release.license,
     )
-    entries = {name: entry(name, source) for name, source in sorted(files.items())}
+    entries = completed(entries, files)
+    # What may have other bytes another time would let the statement differ, too.
+    may_differ = {row["path"] for row in others if not row["reproducible"]}
+    subjects = [row for name, row in sorted(entries.items()) if name not in may_differ]
     files[manifest.PROVENANCE] = provenance.statement(
-        job.recipe, job.target, list(entries.values()), sources, job.reports
+        job.recipe, job.target, subjects, sources, job.reports
     )
     settings = job.recipe.model
     out = job.folder / f"{settings.name}-{settings.version}-{job.target.name}.bundle.tar"
-    digest, rows = archive(out, facts, files)
+    digest, rows = archive(out, facts, files, entries)
     for source in more.values():
         if isinstance(source, Path):
             source.unlink()  # it is in the bundle
@@ -111,11 +114,17 @@ def run(job: Job) -> Report:
 
 
 def archive(
-    out: Path, facts: manifest.Manifest, files: dict[str, bytes | Path]
+    out: Path,
+    facts: manifest.Manifest,
+    files: dict[str, bytes | Path],
+    entries: dict[str, dict[str, Any]],
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Write the bundle of these facts and files; its SHA-256 and the manifest's list of files."""
+    """Write the bundle of these facts and files; its SHA-256 and the manifest's list of files.
+
+    entries: the lines of files that are hashed already.
+    """
     refuse_keys(files)
-    rows = [entry(name, source) for name, source in sorted(files.items())]
+    rows = [row for _, row in sorted(completed(entries, files).items())]
     text = manifest.dump({**facts, "files": rows})
     members: list[tuple[tarball.Member, bytes | Path, str]] = []
     for row in (entry(manifest.PATH, text), *rows):
@@ -123,6 +132,13 @@ def archive(
         source = text if row["path"] == manifest.PATH else files[row["path"]]
         members.append((member, source, row["sha256"]))
     return tarball.write(out, members), rows
+
+
+def completed(
+    entries: dict[str, dict[str, Any]], files: dict[str, bytes | Path]
+) -> dict[str, dict[str, Any]]:
+    """The manifest's line of every file; only those that have none yet are hashed."""
+    return {name: entries.get(name) or entry(name, source) for name, source in files.items()}
 
 
 def entry(path: str, source: bytes | Path) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def verify(
 
 
 def rebuilt(bundle: Path, recipe: Recipe, target: Target, trust: Any, as_json: bool) -> int:
-    """Build again, say what differs; 5 where anything does."""
+    """Build again, say what differs; 5 where a file does that the bundle does not say so of."""
     from edgewright.console import watching
     from edgewright.rebuild import rebuild
 
@@ -128,7 +128,8 @@ def rebuilt(bundle: Path, recipe: Recipe, target: Target, trust: Any, as_json: b
     elif found["identical"]:
         emit("identical: the recipe gives this very bundle, bit for bit")
     else:
-        table = [("rebuilt", "not bit for bit; what differs (in the bundle, here):")]
+        but = "but for what is marked as not reproducible" if found["as_declared"] else ""
+        table = [("rebuilt", f"not bit for bit {but}".rstrip() + "; what differs (there, here):")]
         table.append(("first stage", found["stage"] or "none: every stage's model is the same"))
         for part in ("inputs", "settings", "versions", "stages", "files"):
             for row in found[part]:
@@ -136,7 +137,7 @@ def rebuilt(bundle: Path, recipe: Recipe, target: Target, trust: Any, as_json: b
                 marked = "marked as not reproducible: " if row["name"] in found["marked"] else ""
                 table.append((f"{part}: {row['name']}", marked + ", ".join(texts)))
         emit_table(table)
-    return 0 if found["identical"] else IntegrityError.exit_code
+    return 0 if found["as_declared"] else IntegrityError.exit_code
 
 
 @click.command("explain")

@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 from edgewright.bundle import manifest, tarball
 from edgewright.device.envelope import Trust
@@ -134,7 +133,7 @@ def upload(registry: Registry, digest: str, size: int, content: Iterator[bytes])
     begun = registry.ask("POST", "blobs/uploads/", {"Content-Length": "0"}, good=(202,))
     place = begun.headers.get("Location", "")
     begun.close()
-    more = "&" if urlsplit(place).query else "?"
+    more = "&" if "?" in place else "?"
     registry.ask(
         "PUT",
         f"{place}{more}digest=sha256:{digest}",
@@ -169,7 +168,9 @@ def pull(registry: Registry, out: Path, trust: Trust | None) -> tuple[Verified, 
 
 
 def listed(value: Json, what: str) -> list[Layer]:
-    """The members that an artifact's manifest speaks of; IntegrityError where it is no bundle's.
+    """The members that an artifact's manifest speaks of.
+
+    BadInput for an artifact of another type, IntegrityError for one of ours that is not sound.
 
     What it says is believed for no more than to write headers, which the bundle's own manifest
     then judges.

@@ -58,15 +58,18 @@ class Registry:
         unless its body cannot be. BadInput for what is not there, EnvironmentMissing where the
         registry cannot be reached or refuses.
         """
-        url = urljoin(self.base, path)
+        url = joined(self.base, path)
+        asked = False  # who we are; again in every request: what we may do, and until when, differs
         for _ in range(MAX_REDIRECTS):
             answer = self.send(method, url, headers, body, self.authorization)
-            if answer.status == 401 and not self.authorization and not is_stream(body):
+            ours = urlsplit(url)[:2] == urlsplit(self.base)[:2]
+            if answer.status == 401 and ours and not asked and not is_stream(body):
                 self.authorization = self.proven(answer.headers.get("WWW-Authenticate", ""))
+                asked = True
                 answer.close()
                 continue
             if answer.status in (301, 302, 303, 307, 308) and method in ("GET", "HEAD"):
-                url = urljoin(url, answer.headers.get("Location", ""))
+                url = joined(url, answer.headers.get("Location", ""))
                 answer.close()
                 continue
             if answer.status in good:
@@ -98,7 +101,7 @@ class Registry:
         try:
             connection.request(method, target or "/", body, {**sent, "Connection": "close"})
             return connection.getresponse()
-        except (OSError, http.client.HTTPException, ssl.SSLError) as error:
+        except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
             connection.close()
             raise EnvironmentMissing(
                 f"the registry {parts.netloc} cannot be reached",
@@ -115,7 +118,7 @@ class Registry:
         if kind.lower() == "bearer":
             asked = dict(CHALLENGE.findall(rest))
             words = {key: asked[key] for key in ("service", "scope") if key in asked}
-            url = asked.get("realm", "") + "?" + urlencode(words)
+            url = joined(asked.get("realm", ""), "?" + urlencode(words))
             headers = {"Authorization": self.basic} if self.basic else {}
             answer = self.send("GET", url, headers, None, "")
             if answer.status == 200:
@@ -146,6 +149,18 @@ class Registry:
 
 def plain_connection(host: str, port: int | None, timeout: float) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(host, port, timeout=timeout)
+
+
+def joined(base: str, place: str) -> str:
+    """A URL, or a path beside one; EnvironmentMissing for what is none."""
+    try:
+        url = urljoin(base, place)
+        _ = urlsplit(url).port  # is read, and judged, only when asked for
+    except ValueError:
+        raise EnvironmentMissing(
+            "the registry names a place that is no URL", found=shown(place)
+        ) from None
+    return url
 
 
 def is_stream(body: object) -> bool:

@@ -36,7 +36,7 @@ class Reference:
 def parse(text: str) -> Reference:
     """UsageError for anything else."""
     found = REFERENCE.fullmatch(text)
-    if found is None or len(found["name"]) > 255:
+    if found is None or len(found["name"]) > 255 or int(found["port"] or 0) > 65535:
         raise UsageError(
             f"{ascii(text)[:200]} names no artifact in a registry",
             expected="HOST[:PORT]/NAME[:TAG][@sha256:DIGEST], such as "

@@ -55,7 +55,8 @@ class Ahead:
         for session in sessions:
             self.free.put(session)
         self.expected = expected
-        self.places = {fingerprint(feeds): k for k, feeds in enumerate(expected)}
+        self.keys = [fingerprint(feeds) for feeds in expected]
+        self.places = {key: k for k, key in enumerate(self.keys)}
         self.begun: dict[bytes, Future[Outputs]] = {}
         self.most = FAR * len(sessions) if len(sessions) > 1 else 0
         self.reach = self.most
@@ -70,7 +71,7 @@ class Ahead:
             self.reach = 0  # what follows may hang on this answer; foresee nothing for now
         else:
             for k in range(place + 1, min(place + 1 + self.reach, len(self.expected))):
-                later = fingerprint(self.expected[k])
+                later = self.keys[k]
                 if later not in self.begun:
                     self.begin(later, self.expected[k])
             self.reach = min(self.reach + 1, self.most)

@@ -9,15 +9,13 @@ Needs numpy and onnxruntime only, so that an application on a device can do the 
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from edgewright.errors import BadInput
 from edgewright.runtime.local import Local, said
-
-Values = dict[tuple[int, str, tuple[int, ...]], onnxruntime.OrtValue]
+from edgewright.runtime.worker import shared_tensors
 
 
 def open_pooled(folder: Path, names: list[str], *, threads: int = 1) -> dict[str, Local]:
@@ -28,15 +26,17 @@ def open_pooled(folder: Path, names: list[str], *, threads: int = 1) -> dict[str
     """
     weights = np.memmap(folder / "weights.bin", mode="r", dtype=np.uint8)
     places = json.loads((folder / "weights.json").read_bytes())
-    values: Values = {}
     sessions: dict[str, Local] = {}
     for name in names:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
         options.add_session_config_entry("session.disable_prepacking", "1")
-        for tensor, place in places[name].items():
-            value = shared(weights, values, f"tensor '{tensor}' of {name}.onnx", *place)
+        try:
+            values = list(shared_tensors(weights, places[name]))
+        except ValueError as error:
+            raise BadInput(f"{name}.onnx: {error}", expected="places in weights.bin") from None
+        for tensor, value in values:
             options.add_initializer(tensor, value)
         try:
             session = onnxruntime.InferenceSession(
@@ -44,33 +44,13 @@ def open_pooled(folder: Path, names: list[str], *, threads: int = 1) -> dict[str
             )
         except Exception as error:
             raise BadInput(f"the runtime refused {name}.onnx", found=said(error)) from None
-        sessions[name] = Pooled(session, name, values, weights)
+        sessions[name] = Pooled(session, name, (values, weights))
     return sessions
-
-
-def shared(
-    weights: np.ndarray, values: Values, what: str, dtype: str, shape: list[int], offset: int
-) -> onnxruntime.OrtValue:
-    """The tensor at a place of the weights, made once for all who use it so."""
-    length = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    if offset < 0 or offset + length > weights.size:
-        raise BadInput(
-            what,
-            expected=f"a place within the {weights.size} bytes of weights.bin",
-            found=f"{length} bytes from {offset}",
-        )
-    key = (offset, dtype, tuple(shape))
-    if key not in values:
-        array = weights[offset : offset + length].view(dtype).reshape(shape)
-        values[key] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-    return values[key]
 
 
 class Pooled(Local):
     """A session that keeps what it borrows alive."""
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, name: str, values: Values, weights: Any
-    ) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, name: str, borrowed: object) -> None:
         super().__init__(session, name)
-        self.borrowed = (values, weights)
+        self.borrowed = borrowed

@@ -127,12 +127,14 @@ def count_elements(shapes):
     return sum(sizes)
 
 
-def shared_tensors(path, places):
-    """(name, value) of the tensors at {name: (dtype, shape, offset)} of a file, which is mapped."""
+def shared_tensors(weights, places):
+    """(name, value) of the tensors at {name: (dtype, shape, offset)} of a mapped file of bytes.
+
+    On the CPU a value is the place in the file itself, which must outlive it.
+    """
     import numpy as np
     import onnxruntime
 
-    weights = np.memmap(path, mode="r", dtype=np.uint8) if places else b""
     for name, (dtype, shape, offset) in places.items():
         end = offset + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         if not 0 <= offset <= end <= len(weights):
@@ -270,8 +272,13 @@ class Server:
         options.enable_cpu_mem_arena = header.get("arena", True)
         for key, value in header.get("session", {}).items():
             options.add_session_config_entry(key, value)
-        beside = os.path.join(os.path.dirname(header["model"]), header.get("weights", ""))
-        self.borrowed = list(shared_tensors(beside, header.get("places", {})))
+        self.borrowed = []
+        if header.get("places"):
+            import numpy as np
+
+            beside = os.path.join(os.path.dirname(header["model"]), header["weights"])
+            mapped = np.memmap(beside, mode="r", dtype=np.uint8)
+            self.borrowed = list(shared_tensors(mapped, header["places"]))
         for name, value in self.borrowed:
             options.add_initializer(name, value)
             # Or the session would make copies of its own, as it always does otherwise.
