@@ -12,6 +12,7 @@ from edgewright.codebooks import ShareSettings, check_share
 from edgewright.decision import Tolerances, check_tolerances
 from edgewright.errors import BadInput
 from edgewright.settings import load_toml, parse
+from edgewright.zeros import parse_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,16 +438,8 @@ def check_prune(prune: PruneSettings, where: str) -> None:
         raise BadInput(
             f"{where}: prune.max_drop", expected="above 0, at most 1", found=str(prune.max_drop)
         )
-    if (
-        prune.zero
-        and prune.zero not in ("magnitude", "tensor")
-        and not re.fullmatch(r"[1-9]\d?[:x][1-9]\d?", prune.zero)
-    ):
-        raise BadInput(
-            f"{where}: prune.zero",
-            expected='"magnitude", "tensor", N:M such as "2:4" or blocks such as "4x1"',
-            found=prune.zero,
-        )
+    if prune.zero:
+        parse_pattern(prune.zero, f"{where}: prune.zero")
 
 
 def check_soft(prune: PruneSettings, where: str) -> None:

@@ -2,7 +2,6 @@
 faster by itself: a file gains what a compressor finds, kernels of most CPUs gain nothing.
 """
 
-import re
 import zlib
 from typing import Any
 
@@ -13,6 +12,7 @@ from onnx import numpy_helper
 from edgewright.errors import BadInput
 from edgewright.mixers import GATES
 from edgewright.model import array, initializers
+from edgewright.zeros import parse_pattern
 
 LEVEL = 9  # of zlib, which stands for what a transport does
 
@@ -126,24 +126,6 @@ def sparse(
         values = weight * masks[name]
         stored[name].CopyFrom(numpy_helper.from_array(values.astype(np.float32), name))
     return result, worth(model, result, masks, pattern)
-
-
-def parse_pattern(pattern: str) -> tuple[str, tuple[int, int]]:
-    """ "magnitude", "tensor", "N:M" or "block", and the two numbers of the latter two."""
-    if pattern in ("magnitude", "tensor"):
-        return pattern, (0, 0)
-    if found := re.fullmatch(r"([1-9]\d?)([:x])([1-9]\d?)", pattern):
-        first, second = int(found[1]), int(found[3])
-        if found[2] == ":" and first < second:
-            return "N:M", (first, second)
-        if found[2] == "x" and first * second > 1:
-            return "block", (first, second)
-    raise BadInput(
-        "the pattern of zeros",
-        expected='"magnitude", "tensor", blocks of outputs by inputs such as "4x1", or N:M with '
-        '0 < N < M such as "2:4"',
-        found=repr(pattern),
-    )
 
 
 def worth(
