@@ -206,18 +206,19 @@ def in_rounds(work: Work, share: float, weakness: float) -> Pruned:
         widths = widths_of(work, weakness, power)
         now = analysis if step == 0 else without_excluded(analyse(current), settings)
         costs = Costs(current, now, COSTS[name], work.sizes)
-        units = scores_of(work) if step == 0 else score(work, current, now)
         part = min(1.0, share**power * whole / costs.total)
         if part == 1 and not widths:
             continue  # rounding has met this round's goal in the one before
+        units = scores_of(work) if step == 0 else score(work, current, now)
         chosen = select(now, units, costs, part, work.multiple, settings.allocation, widths)
         removed |= translated(now, chosen.remove, analysis, removed)
         left = chosen.share * costs.total
         rows = list(chosen.rows) if step == 0 else joined(rows, list(chosen.rows))
-        current, _ = cut(model, analysis, removed)
         if step + 1 < settings.steps:  # scores of a model that is only cut would say little
-            current = judged(work, Pruned(current, removed, 1.0, rows))
-    return Pruned(current, removed, left / whole, rows)
+            small, _ = cut(model, analysis, removed)
+            current = judged(work, Pruned(small, removed, 1.0, rows))
+    small, _ = cut(model, analysis, removed)  # and what was judged is not what is handed on
+    return Pruned(small, removed, left / whole, rows)
 
 
 def scores_of(work: Work) -> dict[int, float]:

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from conftest import write_tiny
+from onnx import numpy_helper
 
 from edgewright import pruning
 from edgewright.errors import BadInput
@@ -23,12 +25,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny")).parent
 
 
-def prune(home: Path, folder: Path, **table: Any) -> tuple[dict[str, Any], dict[str, int]]:
+def prune(
+    home: Path, folder: Path, recover: dict[str, Any] | None = None, **table: Any
+) -> tuple[dict[str, Any], dict[str, int]]:
     """The report, and how many channels each convolution (16, 32 and 32 before) makes."""
     raw = {
         "model": {"name": "m", "version": "1", "source": "model.onnx"},
         "data": DATA,
         "prune": {"criterion": "l2", "multiple": 1, **table},
+        **({} if recover is None else {"recover": recover}),
     }
     model = home / "model.onnx"
     work = Job(
@@ -73,3 +78,16 @@ def test_what_costs_too_much_is_weakened(tiny: Path, tmp_path: Path) -> None:
 def test_a_pattern_that_fits_nothing_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no group is called 'w9'"):
         prune(tiny, tmp_path, ratios={"w9": 0.5})
+
+
+def test_a_last_round_with_nothing_to_do_leaves_slices_of_the_original(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Rounds are judged compensated; what goes to `recover` must not be, or it repairs nothing."""
+    report, wide = prune(tiny, tmp_path, {}, budget={"macs": 0.6}, multiple=16, steps=4)
+    assert report["budget"]["left"] <= 0.6 and wide["w1"] == 16
+    before, after = (
+        {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+        for path in (tiny / "model.onnx", tmp_path / "model.onnx")
+    )
+    assert all(np.isin(after[name], before[name]).all() for name in wide)
