@@ -136,6 +136,7 @@ def cluster(
             break
         if entries == MOST_ENTRIES:
             note(report, f"even {entries} values cost {drop:.2%} of the metric: left as they were")
+            report.pop("training", None)
             return model
         entries = min(2 * entries, MOST_ENTRIES)
     if entries > settings.codebook:
@@ -165,11 +166,14 @@ def softly(
         name: Shared(weights[name] / one.scale, one.scale, number[one.codebook.tobytes()])
         for name, one in hard.items()
     }
-    lesson = Distillation(**vars(settings.train))
+    lesson = Distillation(**vars(settings.train), vary=0)
+    if job.unfinished is not None:
+        job.unfinished.mkdir(mode=0o700, parents=True, exist_ok=True)
     specs = graph.input_specs(model)
     shares, trained, told = assign(
         model, shared, list(books.values()),
-        lambda: samples(job.recipe, specs, settings.train.samples), lesson, job.tell,
+        lambda: samples(job.recipe, specs, settings.train.samples), lesson,
+        job.unfinished, job.tell,
     )  # fmt: skip
     found = {}
     for name, one in hard.items():

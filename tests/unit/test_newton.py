@@ -32,6 +32,8 @@ SHAPES = {
 }  # fmt: skip
 FEW = Distillation(threads=1, temperature=1.0, steps=40, vary=0)  # 26 passes over 24 pictures
 
+ROOM = 1 << 20  # bytes
+
 
 def net(noise: float = 0.0) -> onnx.ModelProto:
     """The graph with fixed weights, each moved by noise relative to its size."""
@@ -223,15 +225,15 @@ def test_newton_is_refused_where_it_cannot_be_and_left_out_where_other_settings_
 
 def test_varied_samples_keep_shape_and_range_and_are_the_same_every_time():
     samples = pictures(6)
-    found, again = variants(samples, 12, 0), variants(samples, 12, 0)
+    found, again = variants(samples, 12, 0, ROOM), variants(samples, 12, 0, ROOM)
     assert len(found) == 12
     for new, same, old in zip(found, again, samples * 2, strict=True):
         assert new["x"].shape == old["x"].shape and new["x"].dtype == np.float32
         assert np.array_equal(new["x"], same["x"]) and not np.array_equal(new["x"], old["x"])
         assert new["x"].min() >= min(s["x"].min() for s in samples)
         assert new["x"].max() <= max(s["x"].max() for s in samples)
-    assert not np.array_equal(variants(samples, 12, 1)[0]["x"], found[0]["x"])
-    assert variants([{"v": np.ones((1, 7), "f")}], 5, 0) == []  # numbers without places
+    assert not np.array_equal(variants(samples, 12, 1, ROOM)[0]["x"], found[0]["x"])
+    assert variants([{"v": np.ones((1, 7), "f")}], 5, 0, ROOM) == []  # numbers without places
 
 
 def test_token_samples_are_joined_the_same_way_in_all_inputs():
@@ -239,7 +241,7 @@ def test_token_samples_are_joined_the_same_way_in_all_inputs():
         {"ids": np.arange(100 * k, 100 * k + n)[None], "mask": np.full((1, n), k)}
         for k, n in ((1, 6), (2, 9), (3, 4))
     ]
-    for k, new in enumerate(variants(samples, 9, 0)):
+    for k, new in enumerate(variants(samples, 9, 0, ROOM)):
         old = samples[k % 3]
         assert new["ids"].shape == old["ids"].shape
         kinds = new["mask"][0]
@@ -258,3 +260,37 @@ def test_distilling_with_varied_samples_judges_by_real_ones():
     report = distill(net(), net(0.15), pictures, Distillation(threads=1, vary=2, steps=30))
     assert report["samples"] == {"training": 72, "held out": 6}
     assert report["best"]["distance"] < report["start"]["distance"]
+
+
+def test_what_cannot_be_varied_is_left_out_and_the_rest_is_not():
+    """A text of one token, and a batch of two, which is no sample."""
+    long, short = {"ids": np.arange(8)[None]}, {"ids": np.zeros((1, 1), int)}
+    pair = {"ids": np.zeros((2, 8), int)}
+    found = variants([long, short, pair], 9, 0, ROOM)
+    assert len(found) == 3 and all(new["ids"].shape == (1, 8) for new in found)
+    assert len(variants([long], 9, 0, 2 * long["ids"].nbytes)) == 2
+
+
+def test_layers_that_no_coordinates_are_made_for_are_trained_all_the_same():
+    """A recurrent layer alone, and a convolution of groups with two inputs each."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (1, 16, 3), "r": (1, 16, 4)}
+    weights = {n: 0.3 * rng.normal(size=s).astype("f") for n, s in shapes.items()}
+    lstm = """<ir_version: 8, opset_import: ["" : 17]>
+    lone (float[5, 1, 3] x) => (float[5, 1, 1, 4] y) { y = LSTM <hidden_size = 4> (x, w, r) }"""
+    grouped = """<ir_version: 8, opset_import: ["" : 17]>
+    groups (float[1, 8, 6, 6] x) => (float[1, 4, 4, 4] y) { y = Conv <group = 4> (x, w, b) }"""
+    parts = {"w": rng.normal(size=(4, 2, 3, 3)).astype("f"), "b": np.zeros(4, "f")}
+    for text, stored, shape in ((lstm, weights, (5, 1, 3)), (grouped, parts, (1, 8, 6, 6))):
+        teacher = onnx.parser.parse_model(text)
+        student = onnx.parser.parse_model(text)
+        for model, scale in ((teacher, 1.0), (student, 1.3)):
+            model.graph.initializer.extend(
+                onnx.numpy_helper.from_array(np.float32(scale) * v, n) for n, v in stored.items()
+            )
+        feeds = [{"x": rng.normal(size=shape).astype("f")} for _ in range(20)]
+        report = distill(
+            teacher, student, lambda feeds=feeds: feeds, Distillation(threads=1, steps=20)
+        )
+        assert report["solver"] == "newton"
+        assert report["best"]["distance"] < 0.5 * report["start"]["distance"]

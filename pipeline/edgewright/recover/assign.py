@@ -11,6 +11,7 @@ than the codebook it started from.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,13 +104,14 @@ def assign(
     books: list[np.ndarray],
     feeds: Callable[[], Iterable[Feed]],
     settings: Distillation,
+    folder: Path | None = None,
     tell: Tell = say_nothing,
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray], dict[str, Any]]:
     """Trained shares by weight, codebooks (sorted float32), and how training went.
 
     model: the teacher, and the graph whose stored weights `weights` names. Every share belongs
-    to the nearest entry of its codebook. Raises BadInput for operators without gradients and for
-    too few samples.
+    to the nearest entry of its codebook. folder: for the checkpoint, see `training.fit`.
+    Raises BadInput for operators without gradients and for too few samples.
     """
     samples, note = take_samples(feeds(), settings.samples)
     student = onnx.ModelProto()
@@ -135,7 +137,7 @@ def assign(
         parts.append(json.dumps(asdict(settings), sort_keys=True).encode())
         outcome = fit(
             {**pupil.weights, **entries}, backward, measure, schedule_of(settings),
-            digest=digest_of(samples, *parts), tell=tell,
+            digest=digest_of(samples, *parts), folder=folder, tell=tell,
         )  # fmt: skip
         with torch.no_grad():
             made = [mix.book(k).numpy() for k in range(len(books))]

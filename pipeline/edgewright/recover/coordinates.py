@@ -218,7 +218,7 @@ def statistics(
     count: dict[str, int] = dict.fromkeys(reads, 0)
     squares: dict[str, np.ndarray | None] = dict.fromkeys(gives)
     random = torch.Generator().manual_seed(seed)
-    rows = lesson.train[:: max(1, len(lesson.train) // PROBED)]
+    rows = lesson.train[:: max(1, len(lesson.train) // PROBED)][:PROBED]
     for k in rows:
         feed = tensors(lesson.pair.feeds[k])
         inner = [n for n in reads if n not in feed]
@@ -234,10 +234,12 @@ def statistics(
             )
             count[name] += part.shape[1]
         outer, values = values[len(inner) : len(inner) + len(gives)], values[-len(lesson.matches) :]
-        terms = [
-            t for m, v in zip(lesson.matches, values, strict=True) for t in probe(m, v, random)
-        ]
-        slopes = torch.autograd.grad(torch.stack(terms).sum(), outer, allow_unused=True)
+        terms = []
+        for match, value in zip(lesson.matches, values, strict=True):
+            compared = match.target.logits(value) if match.target else value
+            terms += probe(match, compared, random)
+        total = torch.stack(terms).sum()
+        slopes = torch.autograd.grad(total, outer, allow_unused=True) if outer else ()
         for (name, axis), slope in zip(gives.items(), slopes, strict=True):
             if slope is not None:
                 flat = slope.movedim(axis, 0).flatten(1).double()
@@ -283,7 +285,7 @@ def depthwise(node: onnx.NodeProto, weights: Mapping[str, Tensor]) -> bool:
     if node.input[1] not in weights or node.input[2] not in weights:
         return False
     groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-    return groups > 1 and groups == weights[node.input[1]].shape[0]
+    return groups > 1 and weights[node.input[1]].shape[:2] == (groups, 1)
 
 
 def damped(covariance: np.ndarray) -> np.ndarray:

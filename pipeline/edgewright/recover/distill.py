@@ -19,7 +19,7 @@ from edgewright.recover.executor import GraphModule, to_module
 from edgewright.recover.lesson import Lesson, make_lesson
 from edgewright.recover.newton import descend, follow
 from edgewright.recover.rounding import rounding_of
-from edgewright.recover.training import Outcome, Schedule, fit, repeatable
+from edgewright.recover.training import CHECKPOINT, Outcome, Schedule, fit, repeatable
 from edgewright.stage import Tell, say_nothing
 
 FEWEST_PASSES = 4  # of newton over the samples, however few `steps` are
@@ -47,7 +47,8 @@ def distill(
 
     whole: gives the student's graph with weights that were fitted on the held-out samples, too.
     What those have shown to be good is then done again from there, with all samples (newton), or
-    this is the result where training gained nothing.
+    this is the result where training gained nothing. With `minutes` that is left out where more
+    than half of them are gone: it may take as long again.
 
     Without `whole` the result is never farther from the teacher on held-out samples than the
     start; with it no sample is left to judge by. Raises BadInput for operators without gradients,
@@ -122,8 +123,13 @@ def train(
             and whole is not None
             and (solver == "newton" or not outcome.best_step)
         ):
-            graph.CopyFrom(whole())
-            again = repeat(teacher, graph, samples, settings, kept, labels, outcome, tell)
+            if settings.minutes and outcome.best_step and outcome.seconds > 30 * settings.minutes:
+                notes.append("no time was left to train with the held-out samples, too")
+            else:
+                graph.CopyFrom(whole())
+                again = repeat(teacher, graph, samples, settings, kept, labels, outcome, tell)
+        if folder is not None:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
     found = report(outcome, lesson, [n for n in (note, *notes) if n])
     return {"solver": solver, **found, "with all samples": again}
 

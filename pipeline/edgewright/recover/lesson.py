@@ -12,7 +12,14 @@ from edgewright.data import Feed
 from edgewright.errors import BadInput
 from edgewright.recipe import FEW, HOLD, Distillation
 from edgewright.recover import losses
-from edgewright.recover.batches import Pair, Student, Teacher, rows_of_step, runtime_teacher
+from edgewright.recover.batches import (
+    MEMORY,
+    Pair,
+    Student,
+    Teacher,
+    rows_of_step,
+    runtime_teacher,
+)
 from edgewright.recover.losses import Target
 from edgewright.recover.ops import Tensor
 from edgewright.recover.training import Score
@@ -290,9 +297,13 @@ def make_lesson(
     train = [k for k in range(len(feeds)) if k % HOLD != HOLD - 1]
     more: list[Feed] = []
     if settings.vary and len(feeds) <= FEW:
-        more = variants([feeds[k] for k in train], settings.vary * len(train), settings.seed)
+        room = MEMORY - sum(v.nbytes for feed in feeds for v in feed.values())
+        asked = settings.vary * len(train)
+        more = variants([feeds[k] for k in train], asked, settings.seed, room)
         if not more:
             notes.append("no varied samples: no input is a sample with places, or whole numbers")
+        elif len(more) < asked:
+            notes.append(f"{len(more)} varied samples instead of {asked}: too large, or alike")
     pair = Pair(student, run, [(m.student, m.teacher) for m in matches], [*feeds, *more])
     if not pair.stacked:
         notes.append("the graph takes one sample at a time: gradients of a batch are added up")

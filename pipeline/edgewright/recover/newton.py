@@ -22,7 +22,7 @@ import torch
 from edgewright.files import write_atomic
 from edgewright.recover.coordinates import Coordinates
 from edgewright.recover.ops import Tensor
-from edgewright.recover.training import Outcome, Schedule, Score
+from edgewright.recover.training import CHECKPOINT, Outcome, Schedule, Score
 from edgewright.stage import Tell
 
 HISTORY = 6  # pairs of steps and changes of the gradient that the curvature is known from
@@ -60,10 +60,11 @@ def descend(
 
     gradient: puts the gradient of the loss on all samples into the weights' `grad`, returns the
     loss. passes: over all samples at most. Of the schedule `patience` and `minutes` count;
-    every step is checked on held-out data. digest, folder: see `training.fit`.
+    every step is checked on held-out data. digest, folder: see `training.fit`; the checkpoint
+    stays, for what the caller does next.
     """
     begin = time.monotonic()
-    path = folder / "checkpoint.npz" if folder else None
+    path = folder / CHECKPOINT if folder else None
     start = measure()
     nothing = torch.zeros(coordinates.size)
     outcome = Outcome(start, start)
@@ -109,8 +110,6 @@ def descend(
         if passes:
             outcome.stopped = f"all {passes} passes over the samples done"
     settle(coordinates, measure, state, outcome)
-    if path:
-        path.unlink(missing_ok=True)
     outcome.seconds = before + time.monotonic() - begin
     return outcome
 
@@ -127,8 +126,8 @@ def follow(
         if not step(coordinates, gradient, state):
             break
         taken += 1
-    coordinates.put(share * state.place)
-    return {"steps": taken, "loss before": before, "loss after": state.loss}
+    after, _ = at(coordinates, gradient, share * state.place)
+    return {"steps": taken, "loss before": before, "loss after": after}
 
 
 def at(

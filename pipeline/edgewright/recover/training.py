@@ -21,6 +21,7 @@ import torch
 from edgewright.files import write_atomic
 from edgewright.stage import Tell
 
+CHECKPOINT = "checkpoint.npz"
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SLOWER = (3e-4, 1e-4)  # where not even the first of them is borne
 WORSE = 1.5  # a rate is too fast when a short cycle ends this much farther away
@@ -256,7 +257,7 @@ def fit(
     the training with the last good weights.
     """
     begin = time.monotonic()
-    path = folder / "checkpoint.npz" if folder else None
+    path = folder / CHECKPOINT if folder else None
     start = measure()
     optimizer = make_optimizer(weights)
     done = load_state(path, weights, optimizer, digest) if path and path.exists() else None

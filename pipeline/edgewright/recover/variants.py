@@ -20,20 +20,31 @@ SHIFT = 0.3  # at most, in standard deviations of the sample
 OFTEN = 0.5  # chance of a piece, of a change of values, and of a whole cross-section
 
 
-def variants(samples: Sequence[Feed], count: int, seed: int) -> list[Feed]:
-    """`count` new feeds with the shapes of the samples they start from, in their order; none where
-    no input can be varied."""
-    found = []
+def variants(samples: Sequence[Feed], count: int, seed: int, room: int) -> list[Feed]:
+    """New feeds with the shapes of the samples they start from, in their order, `count` at most.
+
+    Fewer where they would take more than `room` bytes, or where a sample has no input that can be
+    varied.
+    """
+    found: list[Feed] = []
+    pools: dict[tuple[str, tuple[int, ...]], list[np.ndarray]] = {}
+    for sample in samples:
+        for name, value in sample.items():
+            if spatial(value):
+                pools.setdefault((name, value.shape), []).append(value)
+    ends = {key: (min(v.min() for v in p), max(v.max() for v in p)) for key, p in pools.items()}
     for k in range(count if samples else 0):
         rng = np.random.default_rng([seed, 2, k])
         feed = samples[k % len(samples)]
         new = joined(feed, samples, rng) if whole(feed) else feed
         for name, value in feed.items():
-            if spatial(value):
-                pool = [s[name] for s in samples if s[name].shape == value.shape]
-                new = {**new, name: varied(value, pool, rng)}
+            if (key := (name, value.shape)) in pools and spatial(value):
+                new = {**new, name: varied(value, pools[key], ends[key], rng)}
         if new is feed:
-            return []
+            continue
+        room -= sum(value.nbytes for value in new.values())
+        if room < 0:
+            break
         found.append(new)
     return found
 
@@ -44,11 +55,12 @@ def spatial(value: np.ndarray) -> bool:
 
 
 def whole(feed: Feed) -> bool:
-    """Whether all inputs are whole numbers along one common axis, the second."""
-    values = list(feed.values())
-    return all(
-        v.dtype.kind in "iu" and v.ndim == 2 and v.shape == values[0].shape for v in values
-    ) and values[0].shape[1] > 1  # fmt: skip
+    """Whether all inputs are one sample of whole numbers along one common axis, the second."""
+    shapes = {v.shape for v in feed.values()}
+    if len(shapes) != 1 or any(v.dtype.kind not in "iu" for v in feed.values()):
+        return False
+    (shape,) = shapes
+    return len(shape) == 2 and shape[0] == 1 and shape[1] > 1
 
 
 def joined(feed: Feed, samples: Sequence[Feed], rng: np.random.Generator) -> Feed:
@@ -60,10 +72,14 @@ def joined(feed: Feed, samples: Sequence[Feed], rng: np.random.Generator) -> Fee
     return {n: np.concatenate([v[:, :cut], other[n][:, cut - size :]], 1) for n, v in feed.items()}
 
 
-def varied(value: np.ndarray, pool: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """One sample, float32 (1, channels, ...), changed; the values stay within those of the pool."""
+def varied(
+    value: np.ndarray,
+    pool: Sequence[np.ndarray],
+    ends: tuple[float, float],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """One sample, float32 (1, channels, ...), changed; values stay within the pool's two ends."""
     axes = range(2, value.ndim)
-    low, high = min(v.min() for v in pool), max(v.max() for v in pool)
     new = value.copy()
     if rng.uniform() < OFTEN:
         other = pool[int(rng.integers(len(pool)))]
@@ -80,7 +96,7 @@ def varied(value: np.ndarray, pool: Sequence[np.ndarray], rng: np.random.Generat
     if rng.uniform() < OFTEN:
         mean = new.mean()
         new = mean + (new - mean) * rng.uniform(*CONTRAST) + new.std() * rng.uniform(-SHIFT, SHIFT)
-    return np.ascontiguousarray(np.clip(new, low, high), np.float32)
+    return np.ascontiguousarray(np.clip(new, *ends), np.float32)
 
 
 def stretched(value: np.ndarray, axis: int, factor: float, place: float) -> np.ndarray:
