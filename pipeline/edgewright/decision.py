@@ -81,6 +81,11 @@ def settle(recipe: Tolerances, profile: Tolerances) -> Settled:
     return Settled(**values)
 
 
+def only_warns(recipe: Tolerances, profile: Tolerances) -> bool:
+    """Whether a verdict that stays open ends no release."""
+    return settle(recipe, profile).inconclusive == "warn"
+
+
 def check_tolerances(given: Tolerances, where: str) -> None:
     """BadInput for a share outside 0 to 1, where nothing could fail or nothing could pass."""
     for field in fields(Tolerances):

@@ -153,7 +153,7 @@ def test_each_check_is_a_test_case():
         check("max_latency_ms", 5.0, None, "NOT JUDGED", "not quiet"),
         check("max_memory_ratio", 1.0, None, "INCONCLUSIVE", "too few samples"),
     ]
-    root = checked_xml(junit.xml([judged("FAIL", *checks)]))
+    root = checked_xml(junit.xml([judged("FAIL", *checks)], ["error"]))
     assert list(outcomes(root).values()) == ["passed", "failure", "skipped", "error"]
     failure = root.find(".//failure")
     assert failure.get("type") == "FAIL"
@@ -161,10 +161,10 @@ def test_each_check_is_a_test_case():
     assert "limit ≤ 1.000, value 1.200" in failure.text
 
 
-@pytest.mark.parametrize("policy", junit.INCONCLUSIVE)
+@pytest.mark.parametrize("policy", ["error", "skipped", "failure"])
 def test_what_inconclusive_is(policy):
     report = judged("INCONCLUSIVE", check("max_latency_ratio", 1, 1, "INCONCLUSIVE", "noise"))
-    root = checked_xml(junit.xml([report], policy))
+    root = checked_xml(junit.xml([report], [policy]))
     assert outcomes(root) == {"max_latency_ratio": policy}
 
 
@@ -180,16 +180,20 @@ def test_what_inconclusive_is(policy):
 )
 @pytest.mark.parametrize("policy", ["error", "skipped"])
 def test_no_suite_passes_without_a_pass(report, case, policy):
-    found = outcomes(checked_xml(junit.xml([report], policy)))
+    found = outcomes(checked_xml(junit.xml([report], [policy])))
     unsure = report.get("verdict") == "INCONCLUSIVE" and policy == "skipped"
     assert found == ({**case, "verdict": "skipped"} if unsure else case)
 
 
 def test_several_targets_and_hostile_texts():
-    data = junit.xml([full(), hostile(), {**hostile(), "error": EVIL}], epoch=1_700_000_000)
+    data = junit.xml(
+        [full(), hostile(), {**hostile(), "error": EVIL}], ["error"] * 3, epoch=1_700_000_000
+    )
     root = checked_xml(data)
     assert [suite.get("timestamp") for suite in root] == ["2023-11-14T22:13:20"] * 3
-    assert data == junit.xml([full(), hostile(), {**hostile(), "error": EVIL}], epoch=1_700_000_000)
+    assert data == junit.xml(
+        [full(), hostile(), {**hostile(), "error": EVIL}], ["error"] * 3, epoch=1_700_000_000
+    )
 
 
 # History
@@ -275,6 +279,7 @@ def test_a_line_that_was_cut_off_stays_and_is_told(tmp_path):
         (json.dumps({**line(), "metrics": {"retained": 10**400}}).encode(), "table of numbers"),
         (json.dumps({**line(), "metrics": {"retained": True}}).encode(), "table of numbers"),
         (json.dumps({**line(), "version": 4}).encode(), "version"),
+        (json.dumps({**line(), "failed": 5}).encode(), "list of texts"),
     ],
 )
 def test_a_damaged_line_is_told_and_kept(tmp_path, text, reason):
@@ -428,10 +433,10 @@ def test_files_of_a_run(tmp_path, monkeypatch, capsys):
     names = [tmp_path / name for name in ("a.md", "b.xml", "h.jsonl")]
     evidence = Evidence(names[0], names[1], "skipped", names[2], "one")
     broken = {"name": "demo", "version": "1", "target": "arm", "error": "no emulator"}
-    past = evidence.write([full(), broken], tmp_path)
+    past = evidence.write([full(), broken], tmp_path, [False, False])
     assert list(past) == ["cpu"]
     names[2].write_bytes(names[2].read_bytes() + b"junk\n")
-    evidence.write([full(), broken], tmp_path)
+    evidence.write([full(), broken], tmp_path, [False, False])
     entries, faults = history.read(names[2])
     assert [(one["target"], one["label"]) for one in entries] == [("cpu", "one")] * 2
     assert len(faults) == 1
@@ -453,7 +458,7 @@ def test_files_of_a_run(tmp_path, monkeypatch, capsys):
 def test_the_policy_says_what_an_open_verdict_is(tmp_path, given, only_warns, tag):
     report = judged("INCONCLUSIVE", check("max_latency_ratio", 1, 1, "INCONCLUSIVE", "noise"))
     evidence = Evidence(None, tmp_path / "a.xml", given, None, None)
-    evidence.write([report], tmp_path, only_warns=only_warns)
+    evidence.write([report], tmp_path, only_warns=[only_warns])
     found = outcomes(checked_xml((tmp_path / "a.xml").read_bytes()))
     assert found == {"max_latency_ratio": tag}
 

@@ -13,6 +13,7 @@ from edgewright.cli.evidence import Evidence, evidence_options
 from edgewright.cli.options import PATH, options, settings, signers
 from edgewright.cli.stages import VERDICT_CODES
 from edgewright.cli.terminal import emit_json, emit_table, explain, say
+from edgewright.decision import only_warns
 from edgewright.errors import UsageError
 from edgewright.files import write_atomic
 from edgewright.recipe import Recipe, load_recipe, parse_recipe
@@ -51,20 +52,26 @@ def build(
     from edgewright import console
     from edgewright.report import text
 
-    keys, evidence = signers(key_names), Evidence(**files)
-    recipe = load_recipe(recipe_path)
+    evidence = Evidence(**files)
+    evidence.prepare()
+    keys, recipe = signers(key_names), load_recipe(recipe_path)
     targets = [load_target(name) for name in dict.fromkeys(names)]
     if len({target.name for target in targets}) < len(targets):
         raise UsageError("two of the targets have the same name", found=", ".join(names))
     out = out or Path("build") / recipe.model.name
     cache = None if no_cache else open_cache(os.environ)
-    evidence.prepare()
     results = []
     for target in targets:
         results.append(build_one(recipe, target, out, cache, baseline, keys))
         if not as_json and results[-1]["report"]:
             console.stderr.print(text.summary(results[-1]["report"]))
-    past = evidence.write([judged(recipe, result) for result in results], recipe.folder)
+    warned = [only_warns(recipe.gate.tolerance, target.tolerance) for target in targets]
+    for result, warns in zip(results, warned, strict=True):
+        if result["verdict"] == "INCONCLUSIVE" and warns:
+            result["exit_code"] = 0
+            say(f"warning: {result['target']} is INCONCLUSIVE, and the policy only warns of that")
+    reports = [judged(recipe, result) for result in results]
+    past = evidence.write(reports, recipe.folder, only_warns=warned)
     for result in results:
         if result["target"] in past:
             draw_past(result, past[result["target"]])

@@ -41,12 +41,12 @@ class Evidence:
             epoch()
 
     def write(
-        self, reports: Sequence[dict[str, Any]], folder: Path, only_warns: bool = False
+        self, reports: Sequence[dict[str, Any]], folder: Path, only_warns: Sequence[bool]
     ) -> dict[str, Any]:
         """Write the files for reports of builds; the page's part on the past, by target.
 
         reports: build reports, or name, version, target and `error`. folder: the recipe's, whose
-        commit the history names. only_warns: the policy for a verdict that stays open.
+        commit the history names. only_warns: for each, the policy for a verdict that stays open.
         """
         from edgewright.files import write_atomic
         from edgewright.report import history, junit, markdown, tables
@@ -71,7 +71,9 @@ class Evidence:
             text = markdown.summary(reports, entries, faults)
             write_atomic(self.markdown, text.encode())
         if self.junit is not None:
-            open_ones = self.junit_inconclusive or ("skipped" if only_warns else "error")
+            open_ones = [
+                self.junit_inconclusive or ("skipped" if warns else "error") for warns in only_warns
+            ]
             data = junit.xml(reports, open_ones, epoch() or 0)
             write_atomic(self.junit, data)
         return past

@@ -274,25 +274,25 @@ def gate(
         --markdown summary.md --junit gate.xml --history verdicts.jsonl
     """
     from edgewright.console import stderr, watching
-    from edgewright.decision import Tolerances, settle
+    from edgewright.decision import Tolerances, only_warns
     from edgewright.release import judge, named
 
     evidence = Evidence(**files)
+    evidence.prepare()
     recipe = load_recipe(recipe_path) if recipe_path else None
     target = load_target(target_name)
-    evidence.prepare()
     with watching(target.name) as watch:
         reports = judge(candidate, baseline, target, recipe=recipe, pinned=golden, watch=watch)
     told = recipe or named("")
     show(told, target, reports, as_json)
-    policy = settle(recipe.gate.tolerance if recipe else Tolerances(), target.tolerance)
-    only_warns = (inconclusive or policy.inconclusive) == "warn"
+    warns = only_warns(recipe.gate.tolerance if recipe else Tolerances(), target.tolerance)
+    warns = inconclusive == "warn" if inconclusive else warns
     report = as_build(told, target, reports) | ({} if recipe else called(candidate))
-    evidence.write([report], recipe.folder if recipe else Path(), only_warns=only_warns)
+    evidence.write([report], recipe.folder if recipe else Path(), only_warns=[warns])
     verdict = reports["gate"]["verdict"]
     if not as_json:
         emit(verdict)
-    if verdict == "INCONCLUSIVE" and only_warns:
+    if verdict == "INCONCLUSIVE" and warns:
         stderr.print("warning: the verdict is INCONCLUSIVE, and the policy only warns of that")
         return 0
     return VERDICT_CODES[verdict]

@@ -141,6 +141,10 @@ def parsed(line: bytes) -> Entry:
     for key in TEXTS:
         if not isinstance(value.get(key), str):
             raise ValueError(f"{key} is not a text")
+    for key in ("failed", "unsure"):
+        names = value.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key} is not a list of texts")
     metrics = value.get("metrics")
     if not isinstance(metrics, dict) or any(number(v) is None for v in metrics.values()):
         raise ValueError("metrics are not a table of numbers")

@@ -11,18 +11,18 @@ from datetime import UTC, datetime
 
 from edgewright.report import tables
 
-INCONCLUSIVE = ("error", "skipped", "failure")
 TAGS = {"FAIL": "failure", "NOT JUDGED": "skipped", "ERROR": "error"}
 
 
-def xml(reports: Sequence[tables.Report], inconclusive: str = "error", epoch: int = 0) -> bytes:
+def xml(reports: Sequence[tables.Report], inconclusive: Sequence[str], epoch: int = 0) -> bytes:
     """The file for build reports, or for what is left of one: name, version, target, `error`.
 
-    inconclusive: "error", "skipped" or "failure". epoch: the time stamp, which the schema wants.
+    inconclusive: for each, "error", "skipped" or "failure". epoch: the time stamp, which the
+    schema wants.
     """
     root = ET.Element("testsuites")
-    for count, report in enumerate(reports):
-        suite(root, count, report, {**TAGS, "INCONCLUSIVE": inconclusive}, epoch)
+    for count, (report, tag) in enumerate(zip(reports, inconclusive, strict=True)):
+        suite(root, count, report, {**TAGS, "INCONCLUSIVE": tag}, epoch)
     ET.indent(root)
     return ET.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
 
