@@ -136,7 +136,7 @@ STAGES = {
     ),
     "bundle": Needs(
         settings=("recipe", "release", "source", "calibration", "evaluation")
-        + ("profile", "host", "epoch"),
+        + ("profile", "host", "runner", "epoch"),
         models={"previous": "newest"},
         reports=("export", "simplify", "prune", "recover", "share", "quantize", "validate", "gate"),
     ),
@@ -197,6 +197,7 @@ def build(
     """
     launch_for(target)  # say now what this machine lacks, not after minutes of work
     need_provider(target)
+    keys.runner_tools(recipe, target)
     folder = out.absolute() / target.name
 
     def busy(owner: str) -> None:

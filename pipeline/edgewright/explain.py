@@ -101,6 +101,7 @@ def explain(bundle: Path, trust: Trust | None) -> Json:
         "model": facts["model"],
         "pool": facts.get("pool"),
         "formats": facts.get("formats", []),
+        "runner": facts.get("runner"),
         "needs": {
             "device": facts["device"],
             "compatible": facts["compatible"],
@@ -139,6 +140,10 @@ def lines(found: Json) -> list[tuple[str, str]]:
         )
         what = f"{row['path']}: {sizes[row['path']]} bytes, version {row['version']}{marked}"
         out.append((f"as {row['format']}", what))
+    if runner := found["runner"]:
+        needed = f", glibc {runner['glibc']} or later" if runner["glibc"] else ""
+        how = " or ".join(f"{runner['path']} @{options}" for options in runner["options"])
+        out.append(("runs without Python", f"{how}: {sizes[runner['path']]} bytes{needed}"))
     if quantization := model["quantization"]:
         scheme = f"{quantization['int8_nodes']} nodes int8, {quantization['float_nodes']} float"
         out.append(("int8", scheme))

@@ -109,6 +109,7 @@ FACTS: dict[str, Callable[[Recipe, Target], Any]] = {
         link.identity(target) if target.run.how == "ssh" else None,
         runtime_packages(target),
     ],
+    "runner": lambda recipe, target: runner_tools(recipe, target),
     "epoch": lambda *_: os.environ.get("SOURCE_DATE_EPOCH", ""),
 }
 
@@ -125,6 +126,17 @@ def emulator_version(target: Target) -> list[str | bool | None]:
         return []
     arch = target.device.arch
     return [emulator.qemu_version(arch), toolchain.present(arch)]
+
+
+def runner_tools(recipe: Recipe, target: Target) -> tuple[tuple[str, str, str], ...]:
+    """What compiles the runner that the recipe wants in the bundle; see `toolchain.tools`.
+
+    Empty where it wants none, or the target's provider is none of the runner's.
+    EnvironmentMissing where there is no compiler.
+    """
+    if not recipe.release.runner or target.runtime.provider != "CPUExecutionProvider":
+        return ()
+    return toolchain.tools(target.device.arch)
 
 
 def content(recipe: Recipe, source: str) -> str:

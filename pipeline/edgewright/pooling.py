@@ -17,7 +17,7 @@ import onnx
 
 from edgewright.build import Watch
 from edgewright.build import pool as pooled
-from edgewright.bundle import assemble, bom, manifest, provenance
+from edgewright.bundle import assemble, bom, manifest, provenance, runner
 from edgewright.bundle.manifest import Manifest
 from edgewright.device.selftest import self_test
 from edgewright.device.verify import extract
@@ -118,6 +118,15 @@ def check_alike(parts: Sequence[Part]) -> None:
                     found=json.dumps(theirs, sort_keys=True)[:200],
                     hint="build them for one target, with one runtime",
                 )
+    files = [row for part in parts for row in part.facts["files"]]
+    programs = {row["sha256"] for row in files if row["mode"] == "0755"}
+    if len(programs) > 1:
+        raise UsageError(
+            "these bundles cannot go in one",
+            expected=f"the same {manifest.RUNNER}",
+            found=f"{len(programs)} of them",
+            hint="build them with one compiler, or all but one without release.runner",
+        )
 
 
 def formats(part: Part) -> list[Json]:
@@ -174,6 +183,7 @@ def contents(parts: Sequence[Part], made: Path) -> tuple[Manifest, dict[str, byt
             }
         )
     table = {key: sorted(operators[key]) for key in sorted(operators)}
+    alone = put_runner(files, parts, rows)
     files[manifest.LOCK] = parts[0].folder / manifest.LOCK
     files[manifest.OPERATORS] = assemble.operators_text(table)
     first = parts[0].facts
@@ -181,13 +191,14 @@ def contents(parts: Sequence[Part], made: Path) -> tuple[Manifest, dict[str, byt
     sequences = [part.facts["sequence"] for part in parts]
     pool = {"weights": manifest.WEIGHTS, "places": manifest.PLACES, "models": rows}
     return {
-        **{key: value for key, value in first.items() if key != "formats"},
+        **{key: value for key, value in first.items() if key not in ("formats", "runner")},
         "sequence": sum(sequences) if all(sequences) else 0,
         "source_date_epoch": max(part.facts["source_date_epoch"] for part in parts),
         "expires": min(ends, default=None),
         "runtime": {**first["runtime"], "operators": table},
         **{key: rows[0][key] for key in ("model", "golden", "limits")},
         "pool": pool,
+        **({"runner": alone} if alone else {}),
     }, files
 
 
@@ -195,6 +206,20 @@ def digest_of(path: Path) -> Json:
     """The model's digest and size as the manifest has them."""
     row = assemble.entry("", path)
     return {"sha256": row["sha256"], "bytes": row["size"]}
+
+
+def put_runner(
+    files: dict[str, bytes | Path], parts: Sequence[Part], rows: Sequence[Json]
+) -> Json | None:
+    """The runner that a part holds, and options for each model; the manifest's `runner`."""
+    part = next((part for part in parts if "runner" in part.facts), None)
+    if part is None:
+        return None
+    row = part.facts["runner"]
+    files[manifest.RUNNER] = part.folder / row["path"]
+    named = {f"bin/{one['name']}.options": {**part.facts, **one} for one in rows}
+    files |= {path: runner.options(facts) for path, facts in named.items()}
+    return {**row, "path": manifest.RUNNER, "options": list(named)}
 
 
 def put_licence(files: dict[str, bytes | Path], listed: str, part: Part) -> None:

@@ -15,6 +15,7 @@ from edgewright.device.envelope import Trust
 from edgewright.device.verify import Verified
 from edgewright.errors import BadInput
 from edgewright.explain import documents
+from edgewright.keys import runner_tools
 from edgewright.recipe import Recipe
 from edgewright.report.tables import find, rows, table
 from edgewright.runtime.launch import launch_for
@@ -40,6 +41,7 @@ def rebuild(
         )
     launch_for(target)
     need_provider(target)
+    runner_tools(recipe, target)
     gate = there.get(manifest.GATE_REPORT)
     before = os.environ.get("SOURCE_DATE_EPOCH")
     os.environ["SOURCE_DATE_EPOCH"] = str(old.manifest["source_date_epoch"])

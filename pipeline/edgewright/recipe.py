@@ -247,6 +247,8 @@ class ReleaseSettings:
     "2027-06-30") from whose start on no device installs it. license: of the model, an SPDX
     expression; license_file: its text, which travels with the model. formats: what the model is
     shipped in beside ONNX; "ort" with the operators and types for a reduced build of the runtime.
+    runner: with `bin/edge-run`, which runs the model and checks its golden vectors on a device
+    without Python; takes a C compiler for the target's architecture.
     """
 
     sequence: int = 0
@@ -254,6 +256,7 @@ class ReleaseSettings:
     license: str = ""
     license_file: str = ""
     formats: tuple[Literal["ort"], ...] = ()
+    runner: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

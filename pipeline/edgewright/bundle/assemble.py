@@ -19,6 +19,7 @@ from edgewright.bundle import (
     manifest,
     packages,
     provenance,
+    runner,
     tarball,
     transport,
 )
@@ -28,7 +29,7 @@ from edgewright.runtime.launch import open_on_target
 from edgewright.runtime.session import RUN_TIMEOUT_S
 from edgewright.stage import Job, Report
 
-MODE = 0o644
+MODE, PROGRAM_MODE = 0o644, 0o755
 PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----")
 DATA = ("calibration", "evaluation")
 QUANTIZING = re.compile(r"[Qq]uantize|Integer|^Q[A-Z]|NBits")
@@ -72,8 +73,13 @@ def run(job: Job) -> Report:
     facts = describe(job, model, proof, verdict, time_stamp, entries)
     if others:
         facts["formats"] = others
+    alone = runner.make(job, facts, files)
+    if alone.row is not None:
+        facts["runner"] = alone.row
+        files |= alone.files
+        entries = completed(entries, files)
     bench = evidence.benchmark(job.reports, {**facts["model"], "nodes": len(model.graph.node)})
-    sources = read_by(job)
+    sources = [*read_by(job), *alone.tools]
     files[manifest.BENCHMARK] = manifest.canonical(bench)
     files[manifest.PAGE] = evidence.page(facts, bench, gate)
     files[manifest.SBOM] = bom.bom(
@@ -82,6 +88,7 @@ def run(job: Job) -> Report:
         [row for row in sources if row[0] in DATA],
         job.reports,
         job.recipe.release.license,
+        entries.get(manifest.RUNNER),
     )
     entries = completed(entries, files)
     # What may have other bytes another time would let the statement differ, too.
@@ -109,7 +116,7 @@ def run(job: Job) -> Report:
         "files": rows,
         "formats": [{**row, "bytes": entries[row["path"]]["size"]} for row in others],
         "golden": {"count": len(proof.feeds), "tolerances": proof.tolerances},
-        "notes": [*remarks(job, proof), *formats.remarks(others, entries)],
+        "notes": [*remarks(job, proof), *formats.remarks(others, entries), *alone.notes],
     }
 
 
@@ -128,7 +135,8 @@ def archive(
     text = manifest.dump({**facts, "files": rows})
     members: list[tuple[tarball.Member, bytes | Path, str]] = []
     for row in (entry(manifest.PATH, text), *rows):
-        member = tarball.Member(row["path"], row["size"], MODE, facts["source_date_epoch"])
+        mode = int(row["mode"], 8)
+        member = tarball.Member(row["path"], row["size"], mode, facts["source_date_epoch"])
         source = text if row["path"] == manifest.PATH else files[row["path"]]
         members.append((member, source, row["sha256"]))
     return tarball.write(out, members), rows
@@ -142,12 +150,12 @@ def completed(
 
 
 def entry(path: str, source: bytes | Path) -> dict[str, Any]:
-    """A file's line in the manifest."""
+    """A file's line in the manifest. Only the runner may be executed, see `files_fault`."""
     return {
         "path": path,
         "size": tarball.source_size(source),
         "sha256": tarball.source_digest(source),
-        "mode": f"{MODE:04o}",
+        "mode": f"{PROGRAM_MODE if path == manifest.RUNNER else MODE:04o}",
     }
 
 

@@ -18,6 +18,7 @@ from edgewright.bundle.packages import Package
 from edgewright.stage import Report
 
 Json = dict[str, Any]
+OWN_LICENSE = "Apache-2.0"  # of this package, as its metadata has it
 SPDX_ID = re.compile(r"[A-Za-z0-9.+-]+")
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "application/vnd.edgewright.bundle")
 
@@ -28,9 +29,15 @@ def bom(
     datasets: Sequence[tuple[str, str, str]],
     reports: dict[str, Report],
     license: str,
+    runner: Json | None = None,
 ) -> bytes:
-    """The document. `facts`: the manifest's; `datasets`: what for, file name, SHA-256."""
+    """The document. `facts`: the manifest's; `datasets`: what for, file name, SHA-256.
+
+    runner: the manifest's line of the C runner, where the bundle holds it.
+    """
     libraries = [library(one) for one in packages]
+    programs = [program(runner)] if runner is not None else []
+    needed = [part["bom-ref"] for part in libraries if part["name"].startswith("onnxruntime")]
     data = [dataset(*row) for row in datasets]
     model = {
         "type": "machine-learning-model",
@@ -61,17 +68,23 @@ def bom(
             },
             "component": model,
         },
-        "components": [*libraries, *data],
+        "components": [*libraries, *programs, *data],
         "dependencies": [
-            {"ref": "model", "dependsOn": [part["bom-ref"] for part in (*libraries, *data)]}
+            {"ref": "model", "dependsOn": [part["bom-ref"] for part in (*libraries, *data)]},
+            *({"ref": part["bom-ref"], "dependsOn": needed} for part in programs),
         ],
     }
     return sealed(document, facts)
 
 
 def merged(facts: manifest.Manifest, names: Sequence[str], documents: Sequence[Json]) -> bytes:
-    """The document of a bundle of several models, of theirs: libraries once, all else by name."""
-    models, parts, dependencies = [], {}, []
+    """The document of a bundle of several models, of theirs.
+
+    Libraries and programs once, all else by the model's name.
+    """
+    models: list[Json] = []
+    parts: dict[str, Json] = {}
+    dependencies: dict[str, Json] = {}
     for name, document in zip(names, documents, strict=True):
         model = document["metadata"]["component"]
 
@@ -84,10 +97,9 @@ def merged(facts: manifest.Manifest, names: Sequence[str], documents: Sequence[J
         datasets = [{"ref": renamed(row["ref"])} for row in given["datasets"]]
         card_ = {**model["modelCard"], "modelParameters": {**given, "datasets": datasets}}
         models.append({**model, "bom-ref": renamed("model"), "modelCard": card_})
-        dependencies += [
-            {"ref": renamed(row["ref"]), "dependsOn": [renamed(one) for one in row["dependsOn"]]}
-            for row in document["dependencies"]
-        ]
+        for row in document["dependencies"]:
+            needed = [renamed(one) for one in row["dependsOn"]]
+            dependencies[renamed(row["ref"])] = {"ref": renamed(row["ref"]), "dependsOn": needed}
     whole = {
         "type": "application",
         "bom-ref": "bundle",
@@ -103,7 +115,7 @@ def merged(facts: manifest.Manifest, names: Sequence[str], documents: Sequence[J
     document |= {
         "metadata": {"tools": first["metadata"]["tools"], "component": whole},
         "components": [*models, *parts.values()],
-        "dependencies": [holds, *dependencies],
+        "dependencies": [holds, *dependencies.values()],
     }
     return sealed(document, facts)
 
@@ -156,6 +168,21 @@ def library(one: Package) -> Json:
     known = {"wheel": one.wheel, "record-sha256": one.record_sha256}
     part["properties"] = properties({k: v for k, v in known.items() if v})
     return part
+
+
+def program(entry: Json) -> Json:
+    """The C runner: our own code, compiled for this bundle."""
+    ref = f"pkg:generic/edge-run@{__version__}?checksum=sha256:{entry['sha256']}"
+    return {
+        "type": "application",
+        "bom-ref": ref,
+        "name": "edge-run",
+        "version": __version__,
+        "purl": ref,
+        "hashes": [hash_of(entry["sha256"])],
+        **licenses(OWN_LICENSE),
+        "properties": properties({"path": entry["path"]}),
+    }
 
 
 def dataset(use: str, name: str, sha256: str) -> Json:

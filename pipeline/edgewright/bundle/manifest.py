@@ -33,6 +33,8 @@ PLACES = "model/weights.json"
 LOCK = "runtime/lock.txt"
 OPERATORS = "runtime/required_operators.config"
 GATE_REPORT = "report/gate.json"
+RUNNER = "bin/edge-run"  # on request: for devices without Python
+RUNNER_OPTIONS = "bin/edge-run.options"
 
 # Places kept for what later versions add. The signature is the second member, right after the
 # manifest it signs, so that a device refuses before it reads on; it is not in `files`, for it
@@ -202,11 +204,19 @@ def files_fault(manifest: Manifest) -> str:
         named += [row["path"], row["config"]]
     for part in parts:
         named += [part["model"]["path"], part["golden"]["inputs"], part["golden"]["outputs"]]
+    runner = manifest.get("runner")
+    if runner is not None:
+        named += [runner["path"], *runner["options"]]
+        if len(runner["options"]) != len(parts):
+            return "runner: not one file of options for each model"
     for path in named:
         if path not in files:
             return f"files: {path!r} is used but not listed"
     if len(set(named)) != len(named):
         return "files: one file has two uses"
+    runnable = [path for path, entry in files.items() if entry["mode"] == "0755"]
+    if runnable != ([runner["path"]] if runner is not None else []):
+        return "files: mode 0755 is for the runner, and for it alone"
     for part in parts:
         if fault := model_fault(part["model"], part["golden"], files):
             return fault

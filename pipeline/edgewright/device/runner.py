@@ -7,46 +7,53 @@ needs Python. It runs a model that is already there, checks the golden vectors, 
 import tempfile
 from pathlib import Path
 
+from edgewright.bundle import manifest as manifests
+from edgewright.bundle.runner import PROVIDER, options
 from edgewright.device.verify import extract
 from edgewright.errors import BadInput
 from edgewright.files import write_atomic
 from edgewright.runtime import toolchain
 
-NAME, OPTIONS = "edge-run", "edge-run.options"
-
 
 def write_runner(bundle: Path, folder: Path) -> list[Path]:
-    """Write the runner for a bundle's architecture and its options into `folder`; both paths.
+    """Write the runner of a bundle and its options into `folder`; the paths, the runner first.
 
-    The options name files by their place in the bundle, so the runner starts in an unpacked
-    one: `cd /opt/keyword/current && edge-run @edge-run.options`. EnvironmentMissing where
-    there is no compiler for the architecture.
+    Those that the bundle holds; where it holds none, compiled for its architecture. The options
+    name files by their place in the bundle, so the runner starts in an unpacked one:
+    `cd /opt/keyword/current && edge-run @edge-run.options`. EnvironmentMissing where one is to
+    be compiled and there is no compiler for the architecture.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        manifest = extract(bundle, Path(scratch, "bundle"))
+        unpacked = Path(scratch, "bundle")
+        manifest = extract(bundle, unpacked)
+        files = inside(manifest, unpacked) or made(manifest, bundle)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        write_atomic(folder / name, data)
+    paths = [folder / name for name in files]
+    paths[0].chmod(0o755)
+    return paths
+
+
+def inside(manifest: manifests.Manifest, folder: Path) -> dict[str, bytes]:
+    """The runner and options in an unpacked bundle, by their names; nothing where it has none."""
+    row = manifest.get("runner")
+    paths = [row["path"], *row["options"]] if row is not None else []
+    return {Path(path).name: (folder / path).read_bytes() for path in paths}
+
+
+def made(manifest: manifests.Manifest, bundle: Path) -> dict[str, bytes]:
+    """The same for a bundle without one; BadInput where the runner cannot run what it holds."""
     if "pool" in manifest:
         raise BadInput(
             f"{bundle} holds several models",
-            expected="the bundle of one",
-            hint="pack the model alone, or name the runner's options by hand",
+            expected="the bundle of one, or one that holds the runner",
+            hint="build one of them with release.runner = true and pool them again",
         )
-    runtime, golden = manifest["runtime"], manifest["golden"]
-    if runtime["provider"] != "CPUExecutionProvider":
+    if (provider := manifest["runtime"]["provider"]) != PROVIDER:
         raise BadInput(
-            f"{bundle} is for {runtime['provider']}",
-            expected="CPUExecutionProvider, which is all the C runner has",
+            f"{bundle} is for {provider}", expected=f"{PROVIDER}, which is all the C runner has"
         )
-    words = ["--model", manifest["model"]["path"]]
-    words += ["--inputs", golden["inputs"], "--expect", golden["outputs"]]
-    for row in golden["tolerances"]:
-        near = f"{row['atol']!r}:{row['rtol']!r}:{row['min_equal']!r}"
-        words += ["--tolerance", f"{row['output']}={near}"]
-    words += ["--threads", str(runtime["threads"])]
-    for key, value in sorted(runtime["session"].items()):
-        words += ["--config", f"{key}={value}"]
-    program = toolchain.runner(manifest["device"]["arch"])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / NAME, program.read_bytes())
-    (folder / NAME).chmod(0o755)
-    write_atomic(folder / OPTIONS, "".join(f"{word}\n" for word in words).encode())
-    return [folder / NAME, folder / OPTIONS]
+    program = toolchain.runner(manifest["device"]["arch"]).read_bytes()
+    names = [Path(path).name for path in (manifests.RUNNER, manifests.RUNNER_OPTIONS)]
+    return dict(zip(names, (program, options(manifest)), strict=True))

@@ -10,8 +10,10 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgewright.errors import EnvironmentMissing
@@ -25,6 +27,8 @@ FLAGS = ("-std=gnu11", "-O2", "-s", "-Wall", "-Wextra", "-Wl,--build-id=none")
 PLUGIN_FLAGS = ("-shared", "-fPIC", "-fvisibility=hidden")
 LIBRARIES = ("-ldl", "-lm")
 COMPILE_TIMEOUT_S = 120.0
+# What a compiler gets of this user's environment: others (CPATH, LD_RUN_PATH) would change bytes.
+ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
 
 
 def runner(arch: str) -> Path:
@@ -33,6 +37,14 @@ def runner(arch: str) -> Path:
     EnvironmentMissing where it is not compiled yet and there is no compiler for it.
     """
     return compiled(f"edge-run-{arch}", RUNNER_SOURCES, FLAGS, LIBRARIES, arch)
+
+
+def compile_runner(arch: str, made: Path) -> None:
+    """Compile the runner into the new file `made`, whatever is kept from before.
+
+    Same sources, flags and `tools`: same bytes. EnvironmentMissing without a compiler.
+    """
+    compile_to(made, RUNNER_SOURCES, FLAGS, LIBRARIES, arch)
 
 
 def plugin() -> Path:
@@ -74,6 +86,62 @@ def compiler(arch: str) -> str | None:
     return next((path for path in found if path), None)
 
 
+def needed_compiler(arch: str, name: str) -> str:
+    """`compiler`; EnvironmentMissing with the packages where there is none to compile `name`."""
+    path = compiler(arch)
+    if path is None:
+        needed = " ".join(packages(arch))
+        raise EnvironmentMissing(
+            f"no C compiler for {arch}, to compile {name}",
+            expected=needed,
+            hint=f"{'' if os.geteuid() == 0 else 'sudo '}apt-get install {needed}",
+        )
+    return path
+
+
+def tools(arch: str) -> tuple[tuple[str, str, str], ...]:
+    """What the bytes of a compiled program depend on beside its sources.
+
+    Compiler, linker and C library: use, version as it says itself, SHA-256 of the file.
+    """
+    return tools_of(needed_compiler(arch, "edge-run"), " ".join(packages(arch)))
+
+
+@functools.cache
+def tools_of(path: str, needed: str) -> tuple[tuple[str, str, str], ...]:
+    """`tools` of the compiler at this path; `needed`: the packages that it should come from."""
+
+    def say(*words: str) -> str:
+        said = command(
+            words,
+            f"asking {words[0]} for its version",
+            env={**environment(), "LC_ALL": "C"},
+            timeout_s=COMPILE_TIMEOUT_S,
+            hint=f"the compiler needs {needed}",
+        )
+        return said.strip().partition("\n")[0]
+
+    with os_errors(f"looking at what {path} works with"):
+        linker = shutil.which(say(path, "-print-prog-name=ld")) or "ld"
+        library = Path(say(path, "-print-file-name=libc.so.6")).resolve().read_bytes()
+        stated = re.search(rb"GNU C Library [ -~]*", library)
+        version = stated[0].decode().rstrip(".") if stated else "libc.so.6"
+        return (
+            ("compiler", say(path, "--version"), digest(Path(path).read_bytes())),
+            ("linker", say(linker, "--version"), digest(Path(linker).read_bytes())),
+            ("C library", version, digest(library)),
+        )
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def environment() -> dict[str, str]:
+    """What a compiler may know of this process."""
+    return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+
+
 def present(arch: str) -> bool:
     """Whether the runner and the plug-in are there, or can be compiled."""
     folder = home() / f"native-{source_digest()}"
@@ -109,33 +177,34 @@ def compiled(
     done = home() / f"native-{source_digest()}" / name
     if done.is_file():
         return done
-    path = compiler(arch)
-    if path is None:
-        needed = " ".join(packages(arch))
-        raise EnvironmentMissing(
-            f"no C compiler for {arch}, to compile {name}",
-            expected=needed,
-            hint=f"{'' if os.geteuid() == 0 else 'sudo '}apt-get install {needed}",
-        )
+    needed_compiler(arch, name)  # before a folder is made for what it would compile
     with os_errors(f"compiling {name}"):
         done.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".new-", dir=done.parent) as folder:
             made = Path(folder, name)
-            command(
-                [path, *flags, "-o", str(made), *sources, *libraries],
-                f"compiling {name}",
-                cwd=SOURCES,
-                timeout_s=COMPILE_TIMEOUT_S,
-                hint=f"the compiler needs {' '.join(packages(arch))}",
-            )
+            compile_to(made, sources, flags, libraries, arch)
             made.rename(done)
     return done
+
+
+def compile_to(
+    made: Path, sources: Sequence[str], flags: Sequence[str], libraries: Sequence[str], arch: str
+) -> None:
+    """Compile sources into the file `made`. They are named without a path: none gets into it."""
+    command(
+        [needed_compiler(arch, made.name), *flags, "-o", str(made), *sources, *libraries],
+        f"compiling {made.name}",
+        env=environment(),
+        cwd=SOURCES,
+        timeout_s=COMPILE_TIMEOUT_S,
+        hint=f"the compiler needs {' '.join(packages(arch))}",
+    )
 
 
 @functools.cache
 def source_digest() -> str:
     """What names the folder of compiled files: all sources and the flags."""
-    digest = hashlib.sha256(" ".join((*FLAGS, *PLUGIN_FLAGS, *LIBRARIES)).encode())
+    whole = hashlib.sha256(" ".join((*FLAGS, *PLUGIN_FLAGS, *LIBRARIES)).encode())
     for path in sorted(SOURCES.glob("*.[ch]")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+        whole.update(path.name.encode() + b"\0" + path.read_bytes())
+    return whole.hexdigest()[:16]
