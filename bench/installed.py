@@ -2,14 +2,16 @@
 
     .venv/bin/python bench/installed.py [--examples digits,speech] [--out FOLDER]
 
-For each example: build for cpu and arm, signed; verify both; install and prove the cpu bundle here
-with the single-file device program and plain Python; hold that the arm bundle is refused here; and
-install and prove it on a device behind SSH whose Python is the emulated ARM one (see
-tests/loopback.py), again by the device program. Prints Markdown; ends with 1 where a row fails.
+For each example, with the C runner in its bundle: build for cpu and arm, signed; verify both;
+install and prove the cpu bundle here with the single-file device program and plain Python; hold
+that the arm bundle is refused here; and install and prove it on a device behind SSH whose Python is
+the emulated ARM one (see tests/loopback.py), again by the device program. Both installed releases
+then prove themselves once more without Python. Prints Markdown; ends with 1 where a row fails.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ sys.path += [str(ROOT / "tests"), str(ROOT / "tests/stages")]
 from loopback import loopback  # noqa: E402
 from test_ssh_arm import PROFILE, interpreter  # noqa: E402
 
-from edgewright.runtime import emulator  # noqa: E402
+from edgewright.runtime import emulator, toolchain  # noqa: E402
 from edgewright.target import load_target  # noqa: E402
 
 EDGEWRIGHT = (sys.executable, "-m", "edgewright")
@@ -61,14 +63,15 @@ def steps(names: list[str], out: Path, folder: Path) -> Any:
     run(*EDGEWRIGHT, "keygen", "-o", key)
     run(*EDGEWRIGHT, "device-program", "-o", program)
     public = f"{key}.pub"
-    launch = emulator.launch(load_target("arm"))
+    arm = load_target("arm")
+    launch = emulator.launch(arm)
     with loopback(folder) as server:
         python = interpreter(folder / "arm", launch)
         board = server.write_profile(
             "board", PROFILE, python=str(python), emulated=True, limit_s=300
         )
         for name in names:
-            recipe, built = ROOT / "examples" / name / "recipe.toml", out / name
+            recipe, built = with_runner(name, folder / f"{name}-recipe"), out / name
             targets = ("--target", "cpu", "--target", "arm")
             code, _, text = run(
                 *EDGEWRIGHT, "build", recipe, *targets, "--out", built, "--sign", key, "--json"
@@ -81,6 +84,9 @@ def steps(names: list[str], out: Path, folder: Path) -> Any:
             here = (sys.executable, "-s", program, "install", "--trust", public, "--json", "--root")
             code, found, text = run(*here, folder / f"{name}-here", bundles["cpu"])
             yield name, "install cpu here", code, 0, proven(found) or text
+            library = toolchain.host_library()
+            code, text = without_python(folder / f"{name}-here", (), library)
+            yield name, "run it there without Python", code, 0, text
             code, _, text = run(*here, folder / f"{name}-wrong", bundles["arm"])
             yield name, "install arm here: refused", code, 5, text.rpartition("tar: ")[2]
             code, found, text = run(
@@ -88,7 +94,36 @@ def steps(names: list[str], out: Path, folder: Path) -> Any:
                 "--root", folder / f"{name}-board", "--json",
             )  # fmt: skip
             yield name, "deploy arm over SSH", code, 0, proven(found) or text
+            emulated, library = emulator.program(arm), emulator.library(arm)
+            code, text = without_python(folder / f"{name}-board", emulated, library)
+            yield name, "run it there without Python", code, 0, text
             yield name, "left running there", len(server.left()), 0, ""
+
+
+def with_runner(name: str, folder: Path) -> Path:
+    """A copy of the example whose recipe wants the C runner in the bundle; the recipe."""
+    shutil.copytree(ROOT / "examples" / name, folder)
+    recipe = folder / "recipe.toml"
+    text = recipe.read_text()
+    text += "" if "[release]" in text else "\n[release]\n"
+    recipe.write_text(text.replace("[release]\n", "[release]\nrunner = true\n"))
+    return recipe
+
+
+def without_python(root: Path, before: tuple[str, ...], library: Path) -> tuple[int, str]:
+    """Let the runner in the release below `root` prove it; its exit code, and what to know.
+
+    before: the emulator, where it is for another architecture.
+    """
+    words = (*before, "bin/edge-run", "@bin/edge-run.options", "--library", str(library))
+    done = subprocess.run(
+        words, cwd=root / "current", env={}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return done.returncode, done.stderr.strip()
+    found = json.loads(done.stdout)["checked"]
+    size = (root / "current/bin/edge-run").stat().st_size
+    return 0, f"{found['outputs']} golden outputs, {found['equal']} to the last bit; {size:,} bytes"
 
 
 def proven(found: dict[str, Any]) -> str:
