@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import platform
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from edgewright.recipe import parse_recipe
 from edgewright.registry import artifact
 from edgewright.registry.connection import PASSWORD, USER, Registry
 from edgewright.registry.reference import is_loopback, parse
+from edgewright.runtime import toolchain
 from edgewright.stage import Job
 from edgewright.target import load_target
 
@@ -45,13 +47,15 @@ def made(tmp_path_factory) -> Path:
     np.savez(folder / "calibration.npz", x=np.ones((3, 1, 12, 12), np.float32))
     for name in ("ours", "theirs"):
         signing.keygen(folder / name)
+    compiles = toolchain.compiler(platform.machine()) is not None
     for k in (1, 2):
         out = folder / f"s{k}"
         out.mkdir()
         recipe = {
             "model": {"name": "tiny", "version": f"1.{k}", "source": "model.onnx"},
             "data": {"calibration": "calibration.npz"},
-            "release": {"sequence": k, "license": "MIT"},
+            # A program among the files, where it can be compiled: its mode travels, too.
+            "release": {"sequence": k, "license": "MIT", "runner": compiles},
         }
         job = Job(
             recipe=parse_recipe(recipe, folder),
