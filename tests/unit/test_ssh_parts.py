@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import io
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from edgewright.gate.release import cold_start, latency
 from edgewright.gate.speed import latency_ms, latency_ratio
 from edgewright.measure import host
 from edgewright.runtime import worker
+from edgewright.runtime.local import open_local
 from edgewright.runtime.session import Session
 from edgewright.runtime.ssh import answers, facts, lease, text
 from edgewright.runtime.ssh.agent import MAGIC
@@ -95,6 +97,13 @@ def test_odd_answers_are_refused_and_the_standard_agrees(change, place):
     [
         {"name": "x", "dtype": "|O", "shape": []},
         {"name": "x", "dtype": "<f4,<f4", "shape": []},
+        *(
+            {"name": "x", "dtype": word, "shape": []}
+            for word in ("<f3", "|b2", "|V9", ">f4", "<U3")
+        ),
+        {"name": "x", "dtype": "<f4", "shape": [0, 1 << 39, 1 << 39]},
+        {"name": "x", "dtype": "<f4", "shape": [0, 1 << 31, 1 << 30]},
+        {"name": "x", "dtype": "<f4", "shape": [1] * 33},
         {"name": "x", "dtype": "<f4", "shape": [-1]},
         {"name": "x", "dtype": "<f4", "shape": [True]},
         {"name": "x", "dtype": "<f4", "shape": [1.0]},
@@ -117,6 +126,39 @@ def test_sizes_of_arrays():
     assert answers.array_bytes(rows, "it") == 2 * 3 * 4 + 1
     with pytest.raises(BadInput, match="at most"):
         answers.array_bytes([{"name": "x", "dtype": "<f8", "shape": [1 << 39]}], "it")
+
+
+@pytest.mark.parametrize("dtype", answers.DTYPES)
+def test_what_is_counted_can_be_read(dtype):
+    """The host's numpy takes every array that passes, up to the last size and rank."""
+    size = np.dtype(dtype).itemsize
+    assert np.dtype(dtype).str == dtype
+    shapes = [[], [0], [2, 3], [1] * 32, [0, 1 << 39], [0, (1 << 31) - 1, (1 << 32) // size]]
+    rows = [{"name": str(k), "dtype": dtype, "shape": s} for k, s in enumerate(shapes)]
+    words = json.dumps({"arrays": rows}).encode()
+    count = answers.array_bytes(rows, "it")
+    message = io.BytesIO(len(words).to_bytes(8, "big") + words + bytes(count))
+    _, arrays = worker.receive(message)
+    assert [list(a.shape) for a in arrays.values()] == shapes and not message.read()
+
+
+def test_every_tensor_of_the_runtime_can_come_back():
+    """What `onnxruntime` gives for each type that numpy has (no strings: those are objects)."""
+    kinds = ["BOOL", "FLOAT16", "FLOAT", "DOUBLE", "FLOAT8E4M3FN"]
+    kinds += [f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)]
+    found = set()
+    for kind in kinds:
+        number = getattr(onnx.TensorProto, kind)
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("Cast", ["x"], ["y"], to=number)],
+            "cast",
+            [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])],
+            [onnx.helper.make_tensor_value_info("y", number, [2])],
+        )
+        opsets = [onnx.helper.make_opsetid("", 21)]
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        found.add(open_local(model.SerializeToString()).run({"x": np.ones(2, np.float32)})[0].dtype)
+    assert {dtype.str for dtype in found} == set(answers.DTYPES)
 
 
 def test_nan_is_no_number():
