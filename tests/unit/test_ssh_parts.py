@@ -24,7 +24,7 @@ from edgewright.measure import host
 from edgewright.runtime import worker
 from edgewright.runtime.local import open_local
 from edgewright.runtime.session import Session
-from edgewright.runtime.ssh import answers, facts, lease, text
+from edgewright.runtime.ssh import answers, facts, lease, link, text
 from edgewright.runtime.ssh.agent import MAGIC
 from edgewright.target import parse_target
 
@@ -281,6 +281,22 @@ def test_the_example_profile_is_one():
     from edgewright.target import load_target
 
     assert load_target(str(path)).run.how == "ssh"
+
+
+@pytest.mark.parametrize(
+    ("provider", "emulated", "limited"),
+    [
+        ("CPUExecutionProvider", False, True),
+        ("CPUExecutionProvider", True, False),
+        ("CUDAExecutionProvider", False, False),
+        ("TensorrtExecutionProvider", False, False),
+    ],
+)
+def test_address_space_is_limited_where_the_provider_can_live_with_it(provider, emulated, limited):
+    pytest.importorskip("asyncssh")
+    run = {**PROFILE["run"], "emulated": emulated}
+    target = parse_target({**PROFILE, "run": run, "runtime": {"provider": provider}})
+    assert (link.launch(target).address_space > 0) == limited
 
 
 def test_the_device_error_crosses_process_borders():

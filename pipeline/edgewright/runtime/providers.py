@@ -17,7 +17,7 @@ from typing import Any
 
 from edgewright.errors import EnvironmentMissing
 from edgewright.runtime.builds import BUILDS, build_folder, build_launch, install_build
-from edgewright.runtime.session import NVIDIA, Launch
+from edgewright.runtime.session import NVIDIA, Launch, address_space
 from edgewright.runtime.worker import PLUGINS, offer
 from edgewright.target import Target
 
@@ -63,10 +63,8 @@ def native_launch(provider: str, options: Mapping[str, str]) -> Launch:
 
     Where nothing does, with the installed onnxruntime, which then says that it lacks it.
     """
-    if provider in NVIDIA:
-        return Launch(address_space=0)
-    if provider == CPU or installed(provider, device_kind(options))["how"]:
-        return Launch()
+    if provider in (CPU, *NVIDIA) or installed(provider, device_kind(options))["how"]:
+        return Launch(address_space=address_space(provider))
     return build_launch(provider) or Launch()
 
 

@@ -31,6 +31,11 @@ ADDRESS_SPACE = 64 << 30  # bytes; stops a tensor of terabytes, not a normal mod
 NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
 
+def address_space(provider: str) -> int:
+    """RLIMIT_AS in bytes of a process that runs the provider, 0 for none."""
+    return 0 if provider in NVIDIA else ADDRESS_SPACE
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """How a Python process for the target is started: command before the script, environment.

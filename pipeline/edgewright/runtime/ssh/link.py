@@ -16,7 +16,7 @@ from typing import Any
 
 from edgewright.errors import DeviceUnavailable, EnvironmentMissing, from_wire
 from edgewright.runtime import worker
-from edgewright.runtime.session import ADDRESS_SPACE, RUN_TIMEOUT_S, Launch
+from edgewright.runtime.session import RUN_TIMEOUT_S, Launch, address_space
 from edgewright.runtime.ssh import answers
 from edgewright.target import Target
 
@@ -44,7 +44,7 @@ def launch(target: Target) -> Launch:
     return Launch(
         python=(sys.executable, "-s", "-P"),
         worker=("-m", "edgewright.runtime.ssh.bridge", profile),
-        address_space=0 if target.emulated else ADDRESS_SPACE,
+        address_space=0 if target.emulated else address_space(target.runtime.provider),
         time_factor=whole / RUN_TIMEOUT_S,
         remote=True,
     )
