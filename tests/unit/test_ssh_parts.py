@@ -304,6 +304,15 @@ def test_the_device_error_crosses_process_borders():
     assert type(error) is DeviceUnavailable and error.exit_code == 6
 
 
+def test_only_the_runtimes_own_packages_tell_its_version():
+    others = {"onnxruntime_extensions": "0.14", "onnxruntime_genai": "0.9", "numpy_quaternion": "1"}
+    assert link.version({"packages": others}, "onnxruntime") is None
+    assert link.version({"packages": others}, "numpy") is None
+    here = {**others, "onnxruntime_gpu": "1.23", "numpy": "2.1"}
+    assert link.version({"packages": here}, "onnxruntime") == "1.23"
+    assert link.version({"packages": here}, "numpy") == "2.1"
+
+
 def test_a_refusal_on_the_device_keeps_its_exit_code():
     said = "noise edgewright: error: bundle b: signature is wrong. Next: x."
     target = parse_target(PROFILE)

@@ -16,6 +16,7 @@ from typing import Any
 
 from edgewright.errors import DeviceUnavailable, EnvironmentMissing, from_wire
 from edgewright.runtime import worker
+from edgewright.runtime.guest import ORT_PACKAGES
 from edgewright.runtime.session import RUN_TIMEOUT_S, Launch, address_space
 from edgewright.runtime.ssh import answers
 from edgewright.target import Target
@@ -219,5 +220,6 @@ def probe(target: Target) -> Facts:
 
 def version(found: Facts, package: str) -> str | None:
     """The version of a package on the device; of onnxruntime, whatever its variant."""
-    names = [n for n in sorted(found["packages"]) if n.partition("_")[0] == package]
-    return found["packages"][names[0]] if names else None
+    names = ORT_PACKAGES if package == "onnxruntime" else (package,)
+    installed = [found["packages"].get(name.replace("-", "_")) for name in names]
+    return next(filter(None, installed), None)
