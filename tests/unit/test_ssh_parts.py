@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import fcntl
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from edgewright.measure import host
 from edgewright.runtime import worker
 from edgewright.runtime.local import open_local
 from edgewright.runtime.session import Session
-from edgewright.runtime.ssh import answers, facts, lease, link, text
+from edgewright.runtime.ssh import agent, answers, facts, lease, link, text
 from edgewright.runtime.ssh.agent import MAGIC
 from edgewright.target import parse_target
 
@@ -412,6 +413,31 @@ def test_a_lease_is_no_ones_after_a_reboot_or_for_another_process(tmp_path):
     path.write_text("no JSON")
     Agent(folder, owner="you").end()
     agent.end()
+
+
+def test_what_is_tidied_up_is_of_the_dead(tmp_path, monkeypatch):
+    """An agent that began between the look at the lease and the tidying would lose its folder."""
+    dead = tmp_path / "device/jobs/1-2"
+    dead.mkdir(parents=True)
+    tidy, seen = agent.Agent.tidy, []
+
+    def while_nobody_can_begin(self):
+        with (tmp_path / "device/lease.lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(dead.exists())
+        tidy(self)
+
+    monkeypatch.setattr(agent.Agent, "tidy", while_nobody_can_begin)
+    me = {"owner": "me", "who": "me", "patience_s": 600.0, "limit_s": 5}
+    one = agent.Agent()
+    try:
+        one.begin({"folder": str(tmp_path / "device"), **me}, b"")
+        assert seen == [True] and not dead.exists() and Path(one.job).is_dir()
+        two = Agent(tmp_path / "device")  # not alone, so it removes nothing
+        assert Path(one.job).is_dir()
+        two.end()
+    finally:
+        one.leave()
 
 
 def test_full_disks_have_one_name(tmp_path):

@@ -85,9 +85,8 @@ class Agent:
             os.makedirs(job, mode=0o700)
             self.job = job
             holders.append(place)
-            alone = len(holders) == 1
-        if alone:
-            self.tidy()
+            if len(holders) == 1:
+                self.tidy()  # before anybody else can begin: what is found is of the dead
         self.alive()
         return self.tell_facts(header, b"")
 
@@ -384,13 +383,13 @@ class Agent:
         while not found and time.monotonic() < limit:
             time.sleep(0.01)
             found, status = os.waitpid(self.child, os.WNOHANG)
-        self.end_child(found == 0)
+        self.end_child()
         if not found:
             _, status = os.waitpid(self.child, 0)
         self.child = None
         return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
-    def end_child(self, all_of_it=True):
+    def end_child(self):
         """Kill the child's process group and close what leads to it."""
         if self.child:
             kill_group(self.child)
