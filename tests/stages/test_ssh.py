@@ -200,6 +200,52 @@ def test_a_changed_host_key_is_an_integrity_error(device, edgewright):
     assert device.left() == []
 
 
+def test_a_host_key_of_another_kind_is_a_changed_key_and_a_second_one_is_not(device):
+    import asyncssh
+
+    old = device.host_key.get_fingerprint()
+    config = device.folder / "sshd_config"
+    before = config.read_text()
+    both = before + f"HostKey {device.folder}/second_key\n"
+    (device.folder / "second_key").touch(0o600)
+    ecdsa = asyncssh.generate_private_key("ecdsa-sha2-nistp256")
+    (device.folder / "second_key").write_bytes(ecdsa.export_private_key("openssh"))
+    try:
+        device.stop()
+        config.write_text(before.replace("/host_key\n", "/second_key\n"))
+        device.start()
+        text = refused(device, IntegrityError, 5)
+        assert old in text and ecdsa.get_fingerprint() in text
+        # A host may have more keys than the list; it shows the one that is on it.
+        device.stop()
+        config.write_text(both)
+        device.start()
+        assert link.look(device.profile())["cores"] >= 1
+        listed = device.folder / "known_hosts"
+        listed.write_text(f"[127.0.0.1]:{device.port} {ecdsa.export_public_key().decode()}")
+        assert link.look(device.profile())["cores"] >= 1
+    finally:
+        device.stop()
+        config.write_text(before)
+        device.trust()
+        device.start()
+
+
+def test_a_host_without_a_common_cipher_is_no_changed_key(device):
+    config = device.folder / "sshd_config"
+    before = config.read_text()
+    device.stop()
+    config.write_text(before + "Ciphers 3des-cbc\n")
+    device.start()
+    try:
+        text = refused(device, DeviceUnavailable, 6)
+        assert "no connection" in text and "encryption algorithm" in text
+    finally:
+        device.stop()
+        config.write_text(before)
+        device.start()
+
+
 def test_wrong_user_wrong_key_and_no_server(device, tmp_path):
     import asyncssh
 

@@ -46,6 +46,7 @@ async def connect(run: RunSettings, name: str) -> asyncssh.SSHClientConnection:
             username=run.user,
             client_keys=[private_key(run, name)],
             known_hosts=trusted,
+            server_host_key_algs=host_key_algorithms(trusted, run),
             client_factory=lambda: watcher,
             agent_path=None,
             preferred_auth="publickey",
@@ -80,6 +81,19 @@ def known_hosts(run: RunSettings, name: str) -> asyncssh.SSHKnownHosts:
         ) from None
 
 
+def host_key_algorithms(trusted: asyncssh.SSHKnownHosts, run: RunSettings) -> str | tuple[()]:
+    """Which of its keys the host shall show: one on the list, or else any, to be refused.
+
+    Without the second, a host that has only keys of other kinds hangs up and nobody learns why.
+    Empty, for what asyncssh asks for, where the list has no key of the host or has authorities.
+    """
+    found: Any = trusted.match(run.host, "", run.port)
+    keys, authorities = found[:2]
+    if not keys or authorities:
+        return ()
+    return ",".join([*(name.decode() for key in keys for name in key.sig_algorithms), "*"])
+
+
 def private_key(run: RunSettings, name: str) -> asyncssh.SSHKey:
     """The key to log in with; one with a passphrase is refused, since nothing is ever asked."""
     path = Path(run.key).expanduser()
@@ -103,7 +117,9 @@ def refusal(
 ) -> EdgewrightError:
     """Why there is no connection, as one of our errors."""
     where = f"{run.host} port {run.port}"
-    if isinstance(error, asyncssh.HostKeyNotVerifiable | asyncssh.KeyExchangeFailed):
+    # A failed key exchange has many reasons, most of them about algorithms.
+    no_key = isinstance(error, asyncssh.KeyExchangeFailed) and "host key" in str(error)
+    if no_key or isinstance(error, asyncssh.HostKeyNotVerifiable):
         keys = fingerprints(trusted, run)
         hint = (
             "if the device was set up anew, compare its key with the one the device itself shows, "
