@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 
-OPS = ("load", "run", "feeds", "warm", "slice", "memory", "restart", "profile", "spin", "quit")
 # Provider -> the Python package that adds it to an installed onnxruntime.
 PLUGINS = {"OpenVINOExecutionProvider": "onnxruntime_ep_openvino"}
 LIBRARY_FAULTS = ("cannot open shared object", "Failed to load library", "Failed to load shared")
@@ -510,21 +509,24 @@ class Server:
             for group in self.session.get_provider_graph_assignment_info()
         ]
 
+    def handlers(self):
+        """What answers each operation."""
+        return {
+            "load": self.load,
+            "run": self.run,
+            "feeds": self.keep_feeds,
+            "warm": self.warm,
+            "slice": self.slice,
+            "memory": self.memory,
+            "restart": self.restart,
+            "profile": self.profile,
+            "spin": self.spin,
+        }
+
 
 def serve(source, sink):
     """Answer requests until end of input or `quit`."""
-    server = Server()
-    handlers = {
-        "load": server.load,
-        "run": server.run,
-        "feeds": server.keep_feeds,
-        "warm": server.warm,
-        "slice": server.slice,
-        "memory": server.memory,
-        "restart": server.restart,
-        "profile": server.profile,
-        "spin": server.spin,
-    }
+    handlers = Server().handlers()
     while True:
         try:
             header, arrays = receive(source)

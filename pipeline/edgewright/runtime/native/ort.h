@@ -58,7 +58,6 @@ typedef struct {
     F(GetTensorTypeAndShape, 65, OrtStatus *, (const OrtValue *, OrtTensorInfo **))                \
     F(CreateCpuMemoryInfo, 69, OrtStatus *, (int allocator, int kind, OrtMemoryInfo **))           \
     F(GetAllocatorWithDefaultOptions, 78, OrtStatus *, (OrtAllocator **))                          \
-    F(ReleaseEnv, 92, void, (OrtEnv *))                                                            \
     F(ReleaseStatus, 93, void, (OrtStatus *))                                                      \
     F(ReleaseSession, 95, void, (OrtSession *))                                                    \
     F(ReleaseValue, 96, void, (OrtValue *))                                                        \
