@@ -11,6 +11,7 @@ answer. Measurements do not: the process that was warm is gone.
 
 import asyncio
 import json
+import math
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edgewright.errors import (
+    BadInput,
     DeviceUnavailable,
     EdgewrightError,
     EnvironmentMissing,
@@ -33,6 +35,7 @@ from edgewright.sidecars import external_data
 from edgewright.target import RunSettings
 
 REPEATABLE = ("load", "run", "feeds", "warm", "profile", "spin", "facts")
+OPTIMIZED_MORE = 64 << 20  # bytes that an optimised model may have beyond twice the model's
 PAUSE_S, PAUSE_MAX_S = 0.5, 5.0  # before a dropped link is opened again: the first, the longest
 
 
@@ -44,6 +47,7 @@ class Bridge:
         self.device = f"device {name} ({run.host})"
         self.model = "the model"
         self.session: list[tuple[dict[str, Any], bytes]] = []  # load and feeds, to be told again
+        self.outputs: list[str] = []  # of the model, by name
         self.link: Channel | None = None
         self.started = False  # the worker
         self.output = bytearray()  # of the worker, not yet looked at
@@ -58,18 +62,17 @@ class Bridge:
                 answer = await self.perform(header, arrays)
             except Lost as why:
                 self.drop()
-                if header["op"] not in REPEATABLE:
-                    raise self.link_lost(str(why), measuring=True) from None
                 deadline = deadline or time.monotonic() + self.run.reconnect_s
-                if time.monotonic() + pause > deadline:
-                    raise self.link_lost(str(why), measuring=False) from None
+                if header["op"] not in REPEATABLE or time.monotonic() + pause > deadline:
+                    raise self.link_lost(header["op"], str(why)) from None
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, PAUSE_MAX_S)
-            except DeviceUnavailable:
-                self.drop()
+            except EdgewrightError:
+                self.drop()  # nobody knows what is still on its way
                 raise
             else:
-                self.remember(header, arrays)
+                if "error" not in answer[0]:
+                    self.remember(header, arrays)
                 return answer
 
     async def open(self, retry: bool) -> None:
@@ -82,7 +85,14 @@ class Bridge:
                 raise Lost(str(error)) from None
             raise
         for earlier in self.session:
-            await self.perform(*earlier)
+            answer, _ = await self.perform(*earlier)
+            if "error" in answer:
+                raise DeviceUnavailable(
+                    f"{self.device} refused {self.model} after the link had dropped, not before",
+                    found=f"{answer['error']['kind']}: {answer['error']['text']}",
+                    hint="check the device's memory and disk, then start again; finished stages "
+                    "of a build are kept",
+                )
 
     def remember(self, header: dict[str, Any], arrays: bytes) -> None:
         """Keep what another process on the device must be told first."""
@@ -117,7 +127,7 @@ class Bridge:
         """Push the model, start the worker, let it load; fetch the optimised model if asked."""
         self.model = header.get("name", self.model)
         path = Path(header["model"])
-        files = [path, *external_data(path)]
+        files = [path, *await asyncio.to_thread(external_data, path)]
         folder = await link.push({p.relative_to(path.parent).as_posix(): p for p in files})
         program = await link.push({"worker.py": Path(worker.__file__)})
         if not self.started:
@@ -136,13 +146,18 @@ class Bridge:
         for key in ("optimized", "profile"):
             if there.get(key):
                 there[key] = Path(there[key]).name
-        answer = await self.exchange(link, there, b"")
-        if optimized and "error" not in answer[0]:
-            most = 2 * path.stat().st_size + (64 << 20)
+        answer, none = await self.exchange(link, there, b"")
+        if "error" in answer:
+            return answer, none
+        self.outputs = [value["name"] for value in answer["outputs"]]
+        if optimized:
+            most = 2 * path.stat().st_size + OPTIMIZED_MORE
             found, data = await link.ask({"op": "get", "name": Path(optimized).name, "most": most})
+            if len(data) > most:
+                raise answers.odd(link.device, f"an optimised model of {len(data)} bytes")
             if found["found"]:
                 Path(optimized).write_bytes(data)
-        return answer
+        return answer, none
 
     async def command(self, link: Channel, header: dict[str, Any]) -> dict[str, Any]:
         """Run a command on the device with files of ours; "@/NAME" in its words is such a file."""
@@ -182,7 +197,13 @@ class Bridge:
             rows = answer.pop("arrays", [])
         except (ValueError, AttributeError, TypeError):
             raise answers.odd(where, "no JSON object") from None
-        data = await self.from_worker(link, answers.array_bytes(rows, where))
+        count = answers.array_bytes(rows, where)
+        expected: list[str] = []
+        if header["op"] == "run" and "error" not in answer:
+            expected = header.get("outputs") or self.outputs
+        if [row["name"] for row in rows] != expected:
+            raise answers.odd(where, f"{len(rows)} arrays, not the {len(expected)} asked for")
+        data = await self.from_worker(link, count)
         await link.send({"op": "idle"})
         schema = answers.ERROR if "error" in answer else answers.WORKER[header["op"]]
         answer = answers.check(answer, schema, where)
@@ -205,14 +226,17 @@ class Bridge:
         del self.output[:count]
         return found
 
-    def link_lost(self, why: str, measuring: bool) -> DeviceUnavailable:
+    def link_lost(self, op: str, why: str) -> DeviceUnavailable:
         """The link dropped, for good or while something was under way that cannot be repeated."""
+        when, hint = " during a measurement", "start again"
+        if op == "command":
+            when, hint = " before a command there had ended", "check the device, then start again"
+        elif op in REPEATABLE:
+            when, hint = "", "check the network and the device, then start again"
         return DeviceUnavailable(
-            f"the link to {self.device} was lost" + (" during a measurement" if measuring else ""),
+            f"the link to {self.device} was lost{when}",
             found=why or "no reason given",
-            hint="start again; finished stages are kept"
-            if measuring
-            else "check the network and the device, then start again; finished stages are kept",
+            hint=f"{hint}; finished stages of a build are kept",
         )
 
     def death(self, found: dict[str, Any]) -> EdgewrightError:
@@ -246,25 +270,43 @@ class Bridge:
 
 
 def receive(source: BinaryIO) -> tuple[dict[str, Any], bytes]:
-    """The session's next request, its arrays as they are on the wire; EOFError at the end."""
+    """The session's next request, its arrays as they are on the wire; EOFError at the end.
+
+    The session is no stranger: it may send whatever numpy has, and the worker says what it
+    refuses. BadInput where that is too much, once it is read: the next request stands behind it.
+    """
     size = int.from_bytes(worker.read_exact(source, 8), "big")
     header = json.loads(worker.read_exact(source, size))
-    return header, worker.read_exact(source, answers.array_bytes(header["arrays"], "the session"))
+    count = left = sum(itemsize(row["dtype"]) * math.prod(row["shape"]) for row in header["arrays"])
+    if count <= answers.ARRAYS_MAX:
+        return header, worker.read_exact(source, count)
+    while left:
+        left -= len(worker.read_exact(source, min(left, CHUNK)))
+    raise BadInput(
+        f"inputs of {count} bytes",
+        expected=f"at most {answers.ARRAYS_MAX}",
+        hint="use a smaller input",
+    )
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one value."""
+    import numpy as np  # only a bridge with a worker gets arrays
+
+    return np.dtype(dtype).itemsize
 
 
 async def serve(source: BinaryIO, sink: BinaryIO, bridge: Bridge) -> None:
     """Answer the session's requests until it hangs up."""
-    loop = asyncio.get_running_loop()
     while True:
         try:
             # Waits in a thread of its own, so that signs of life go on meanwhile.
-            header, arrays = await loop.run_in_executor(None, receive, source)
+            header, arrays = await asyncio.to_thread(receive, source)
+            if header["op"] == "quit":
+                break
+            answer, data = await bridge.answer(header, arrays)
         except EOFError:
             break
-        if header["op"] == "quit":
-            break
-        try:
-            answer, data = await bridge.answer(header, arrays)
         except EdgewrightError as error:
             answer, data = {"error": {**to_wire(error), "ours": True}}, b""
         words = json.dumps(answer).encode()

@@ -46,10 +46,7 @@ class Channel:
 
         stored: for later links, too. Else they are gone with this one.
         """
-        listed = {
-            name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
-            for name, path in sorted(files.items())
-        }
+        listed = await asyncio.to_thread(sizes_and_digests, files)  # while signs of life go on
         whole = json.dumps(listed, sort_keys=True).encode()
         key = hashlib.sha256(whole).hexdigest() if stored else ""
         found, _ = await self.ask({"op": "have", "key": key, "files": listed})
@@ -212,6 +209,14 @@ class Channel:
                 "larger disk",
             )
         return DeviceUnavailable(f"{self.device} refused a request", found=f"{kind}: {said}")
+
+
+def sizes_and_digests(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """{name: {"size": bytes, "sha256"}} of files."""
+    return {
+        name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for name, path in sorted(files.items())
+    }
 
 
 def owner() -> dict[str, str]:
