@@ -13,9 +13,10 @@ import pytest
 from conftest import write_tiny
 from loopback import loopback
 
-from edgewright.errors import EnvironmentMissing
+from edgewright.errors import DeviceUnavailable, EnvironmentMissing
 from edgewright.runtime import emulator, guest
 from edgewright.runtime.launch import open_on_target
+from edgewright.runtime.ssh import link
 from edgewright.target import load_target
 
 PROFILE = """\
@@ -85,6 +86,17 @@ def test_the_device_program_installs_there_what_was_built(board, built, tmp_path
     # The bits that the board gave the build are those that the installed model gives.
     assert ran.json["self_test"]["exact"] and ran.json["self_test"]["runtime"]["arch"] == "aarch64"
     assert (root / "current/model/model.onnx").is_file()
+    assert board.left() == []
+
+
+def test_one_owner_at_a_time_where_the_device_is_emulated(board, monkeypatch):
+    """QEMU tells a process another time of its start than the kernel tells the next agent."""
+    target = board.profile("held", PROFILE, **board.profiles)
+    with link.held(target):
+        monkeypatch.setenv(link.OWNER, "another build")
+        with pytest.raises(DeviceUnavailable, match="leased"):
+            link.look(target)
+        monkeypatch.undo()
     assert board.left() == []
 
 

@@ -15,8 +15,12 @@ from edgewright.runtime.ssh.facts import read_text
 
 
 def born(pid):
-    """When a process started, in ticks since boot; empty where there is none, or a dead one."""
-    fields = read_text("/proc/%d/stat" % pid).rpartition(")")[2].split()
+    """When a process started, in ticks since boot; empty where there is none, or a dead one.
+
+    As its first thread tells: in place of /proc/PID/stat QEMU gives an emulated process a text of
+    its own, with a later start than all others see.
+    """
+    fields = read_text("/proc/%d/task/%d/stat" % (pid, pid)).rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else ""
 
 
