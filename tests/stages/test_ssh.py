@@ -22,7 +22,7 @@ from edgewright.errors import DeviceUnavailable, EnvironmentMissing, IntegrityEr
 from edgewright.runtime import doctor
 from edgewright.runtime.launch import open_on_target
 from edgewright.runtime.session import Session
-from edgewright.runtime.ssh import link
+from edgewright.runtime.ssh import lease, link
 from edgewright.stage import say_nothing
 
 LIAR = r"""
@@ -362,6 +362,32 @@ def test_one_owner_at_a_time(device, model, monkeypatch):
         with pytest.raises(DeviceUnavailable, match="leased"):
             link.look(target)
         monkeypatch.setenv(link.OWNER, inside)
+    assert device.left() == []
+
+
+def holder(device):
+    """The process id of the agent that holds the lease, None where nobody does."""
+    with lease.Lease(str(device.home)) as holders:
+        return holders[0]["pid"] if holders else None
+
+
+@pytest.mark.parametrize("how", ["the link is cut", "the agent is killed"])
+def test_a_build_takes_the_device_again_after_a_dropped_link(device, monkeypatch, how):
+    """Without a request: between two stages nobody asks the device anything."""
+    target = device.profile()
+    with link.held(target):
+        first = holder(device)
+        if how == "the link is cut":
+            assert device.cut()
+        else:
+            os.kill(first, signal.SIGKILL)
+        limit = time.monotonic() + 20
+        while holder(device) in (first, None) and time.monotonic() < limit:
+            time.sleep(0.05)
+        monkeypatch.setenv(link.OWNER, "another build")
+        with pytest.raises(DeviceUnavailable, match="leased"):
+            link.look(target)
+        monkeypatch.undo()
     assert device.left() == []
 
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ class Device:
 
     def __init__(self, **says):
         self.says = {"load": LOADED, "feeds": {"count": 1}, "spin": {"wall_s": 1.0}, **says}
-        self.links = []
+        self.links, self.opened = [], []
         self.file = b""  # the optimised model
 
     def link(self, name, run):
@@ -53,11 +54,13 @@ class Link:
 
     def __init__(self, home):
         self.home = home
+        self.end = asyncio.Event()
         self.dropped = False
 
     async def open(self):
         if "open" in self.home.says:
             raise self.home.says["open"]
+        self.home.opened.append(self)
 
     async def push(self, files, stored=True):
         return "/there"
@@ -79,6 +82,9 @@ class Link:
         words = json.dumps(answer).encode()
         size = answers.array_bytes(answer.get("arrays", []), "it") if "huge" not in answer else 0
         return {"op": "data"}, len(words).to_bytes(8, "big") + words + bytes(size)
+
+    async def closed(self):
+        await self.end.wait()
 
     def drop(self):
         self.dropped = True
@@ -218,6 +224,20 @@ def test_an_optimised_model_is_not_larger_than_it_may_be(model, tmp_path, monkey
     assert not place.exists()
 
 
+class Pipe(io.BytesIO):
+    """What a session has sent; its end comes when a test says so."""
+
+    def __init__(self, data, end):
+        super().__init__(data)
+        self.wait = end
+
+    def read(self, size=-1):
+        found = super().read(size)
+        if not found:
+            assert self.wait.wait(20)
+        return found
+
+
 def told_by(sink):
     """The answers that were written to a pipe."""
     sink.seek(0)
@@ -248,6 +268,55 @@ def test_inputs_that_only_numpy_knows_are_left_to_the_worker(values):
     source.seek(0)
     header, data = bridge.receive(source)
     assert data == values.tobytes() and header["arrays"][0]["dtype"] == values.dtype.str
+
+
+def serve_until(device, monkeypatch, request, done):
+    """Serve one request, then wait for another until `done` or a few seconds have gone."""
+    monkeypatch.setattr(bridge, "Channel", device.link)
+    monkeypatch.setattr(bridge, "PAUSE_S", 0.01)
+    monkeypatch.setattr(bridge, "PAUSE_MAX_S", 0.02)
+    source, end = io.BytesIO(), threading.Event()
+    worker.send(source, request)
+
+    async def run():
+        one = bridge.Bridge("board", RUN, 0)
+        serving = asyncio.create_task(bridge.serve(Pipe(source.getvalue(), end), io.BytesIO(), one))
+        limit = time.monotonic() + 5
+        while not done() and time.monotonic() < limit:
+            await asyncio.sleep(0.01)
+        end.set()
+        await serving
+
+    asyncio.run(run())
+
+
+def test_a_link_that_holds_the_device_is_opened_again_without_being_asked(monkeypatch):
+    device = Device()
+
+    def done():
+        if len(device.opened) == 1:
+            device.says["open"] = DeviceUnavailable("the device is still away")
+            device.opened[0].end.set()
+        if len(device.links) > 3:
+            device.says.pop("open", None)
+        return len(device.opened) == 2
+
+    serve_until(device, monkeypatch, {"op": "facts"}, done)
+    assert len(device.opened) == 2 and all(link.dropped for link in device.links)
+
+
+def test_a_link_with_a_worker_waits_for_the_next_request(model, monkeypatch):
+    """Else the device would load a model while another is measured there."""
+    device = Device()
+    begin = time.monotonic()
+
+    def done():
+        if device.links:
+            device.links[0].end.set()
+        return time.monotonic() - begin > 0.3
+
+    serve_until(device, monkeypatch, {"op": "load", "model": str(model)}, done)
+    assert len(device.links) == 1
 
 
 def test_signs_of_life_go_on_while_files_are_hashed(model, monkeypatch):

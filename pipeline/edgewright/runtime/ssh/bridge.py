@@ -6,7 +6,8 @@ tell it from a worker; `load` pushes the model first. Two requests more are for 
 after the device: `facts`, and `command` to run one there.
 
 A link that drops is opened again, and what was lost is asked again where that gives the same
-answer. Measurements do not: the process that was warm is gone.
+answer. Measurements do not: the process that was warm is gone. A link with a worker is opened at
+the next request, one without at once: it is there to hold the device.
 """
 
 import asyncio
@@ -77,13 +78,15 @@ class Bridge:
 
     async def open(self, retry: bool) -> None:
         """Open a link and bring the worker to where it was; what fails on a retry is Lost."""
-        self.link = Channel(self.name, self.run)
+        link = Channel(self.name, self.run)
         try:
-            await self.link.open()
-        except DeviceUnavailable as error:
-            if retry:
+            await link.open()
+        except BaseException as error:  # also where nobody waits for it any more
+            link.drop()
+            if retry and isinstance(error, DeviceUnavailable):
                 raise Lost(str(error)) from None
             raise
+        self.link = link
         for earlier in self.session:
             answer, _ = await self.perform(*earlier)
             if "error" in answer:
@@ -93,6 +96,20 @@ class Bridge:
                     hint="check the device's memory and disk, then start again; finished stages "
                     "of a build are kept",
                 )
+
+    async def hold(self) -> None:
+        """Open the link again whenever it drops, since the lease went with it. Never ends."""
+        pause = PAUSE_S
+        while True:
+            if self.link is not None:
+                await self.link.closed()
+                self.drop()
+                pause = PAUSE_S
+            await asyncio.sleep(pause)
+            try:
+                await self.open(retry=False)
+            except (Lost, EdgewrightError):  # whoever needs the device next says why
+                pause = min(2 * pause, PAUSE_MAX_S)
 
     def remember(self, header: dict[str, Any], arrays: bytes) -> None:
         """Keep what another process on the device must be told first."""
@@ -296,12 +313,24 @@ def itemsize(dtype: str) -> int:
     return np.dtype(dtype).itemsize
 
 
+async def next_request(source: BinaryIO, bridge: Bridge) -> tuple[dict[str, Any], bytes]:
+    """What `receive` returns; a bridge without a worker holds the device until then."""
+    holds = bridge.link is not None and not bridge.session
+    holding = asyncio.create_task(bridge.hold()) if holds else None
+    try:
+        # Waits in a thread of its own, so that signs of life go on meanwhile.
+        return await asyncio.to_thread(receive, source)
+    finally:
+        if holding is not None:
+            holding.cancel()
+            await asyncio.wait({holding})
+
+
 async def serve(source: BinaryIO, sink: BinaryIO, bridge: Bridge) -> None:
     """Answer the session's requests until it hangs up."""
     while True:
         try:
-            # Waits in a thread of its own, so that signs of life go on meanwhile.
-            header, arrays = await asyncio.to_thread(receive, source)
+            header, arrays = await next_request(source, bridge)
             if header["op"] == "quit":
                 break
             answer, data = await bridge.answer(header, arrays)

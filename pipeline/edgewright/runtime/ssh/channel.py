@@ -176,6 +176,10 @@ class Channel:
                 hint="check the device, and run.limit_s in the profile",
             ) from None
 
+    async def closed(self) -> None:
+        """Wait until the link has dropped or the agent has ended."""
+        await self.process.wait_closed()
+
     def drop(self) -> None:
         """Cut the link; the agent ends by itself."""
         for task in self.tasks:

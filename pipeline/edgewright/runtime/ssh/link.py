@@ -137,8 +137,9 @@ def identity(target: Target) -> Facts:
 def held(target: Target) -> Iterator[None]:
     """Hold the device for a whole build, and check first that it is what the profile says.
 
-    Every session opened meanwhile by this process or its children shares the lease. Nothing to do
-    where one of its parents holds it, and for targets that are not behind SSH.
+    Every session opened meanwhile by this process or its children shares the lease. A link that
+    drops is opened again as soon as the device lets it in (see `bridge.hold`). Nothing to do where
+    one of its parents holds the device, and for targets that are not behind SSH.
     """
     if target.run.how != "ssh" or OWNER in os.environ:
         yield
