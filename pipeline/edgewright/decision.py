@@ -173,8 +173,9 @@ def cold_start_verdict(report: dict[str, Any], wanted: float, margin: float) -> 
 
 
 def memory_limit(report: dict[str, Any], wanted: float) -> float:
-    """The largest ratio of peaks that is no difference."""
-    return 1 + max(wanted, MEMORY_SLACK / max(report.get("original_peak_bytes") or 1, 1))
+    """The largest ratio of peaks that is no difference: 1 + tolerance, or what the slack makes."""
+    peak = report.get("original_peak_bytes")
+    return 1 + max(wanted, MEMORY_SLACK / peak) if peak else 1 + wanted
 
 
 def memory_verdict(report: dict[str, Any], wanted: float) -> Decision:

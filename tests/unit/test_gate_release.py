@@ -173,4 +173,6 @@ def test_emulated_time_is_not_judged():
     report = judged(measure=measure)
     verdicts = [verdict_of(report, name) for name in ("latency", "cold_start", "memory")]
     assert verdicts == [NOT_JUDGED] * 3
+    (memory,) = [c for c in report["checks"] if c["name"] == "memory"]
+    assert memory["limit"] == pytest.approx(1.01), "no peak, so no slack in bytes"
     assert report["verdict"] == PASS

@@ -361,6 +361,27 @@ def test_instructions_stand_in_for_latency_where_a_target_is_emulated():
     assert "with small differences between runs" in visible(html.render(report))
 
 
+def test_checks_of_a_release_say_which_way_and_against_which():
+    checks = [
+        {"name": "latency", "limit": 1.05, "value": 1.0021, "low": 0.94, "high": 1.027},
+        {"name": "metric", "limit": 0.99, "value": 1.0},
+        {"name": "golden_memory", "limit": 1.1, "value": 0.9987},
+        {"name": "golden_min_provider_share", "limit": 1.0, "value": 1.0},
+        {"name": "baseline_instructions", "limit": 1.005, "value": 1.0},
+        {"name": "baseline_max_latency_ratio", "limit": 1.0, "value": 0.98},
+    ]
+    rows = tables.gate({"stages": [{"stage": "gate", "report": {"checks": checks}}]})
+    assert [(row.label, row.limit, row.value) for row in rows] == [
+        ("latency", "≤ 1.050", "1.002"),
+        ("metric", "≥ 99.00 %", "100.00 %"),
+        ("memory, against the golden release", "≤ 1.100", "0.999"),
+        ("work on the provider, against the golden release", "≥ 100.00 %", "100.00 %"),
+        ("instructions, against the baseline", "≤ 1.005", "1.000"),
+        ("latency, shipped / baseline", "≤ 1.000", "0.980"),
+    ]
+    assert rows[0].bounds == "0.940 to 1.027"
+
+
 def test_failures_are_explained_in_the_banner():
     report = full()
     report["verdict"] = "FAIL"

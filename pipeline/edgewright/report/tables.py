@@ -15,7 +15,10 @@ MISSING = "–"  # noqa: RUF001 - an en dash, as typeset tables have it
 NOT_AVAILABLE = "not available"
 VERDICTS = ("PASS", "FAIL", "INCONCLUSIVE")
 NO_VERDICT = "NO VERDICT"
-BASELINE = "baseline_"  # before the name of a check against an earlier release
+# Before the name of a check against an earlier release: which one.
+RELEASES = {"baseline_": "the baseline", "golden_": "the golden release"}
+# The checks of a release beside an earlier one: what may not rise, what may not fall.
+RATIOS, SHARES = ("latency", "memory", "size", "cold_start", "instructions"), ("metric", "agreement")
 KINDS = {
     "int8": "int8",
     "border": "conversion",
@@ -292,7 +295,7 @@ def latency_tile(report: Report) -> Tile:
     return Tile(
         "Latency",
         times_text(ratio, "faster", "slower", "as fast"),
-        f"{clock} ratio {ratio_text(ratio)}, {100 * confidence:g} % bounds {bounds}",
+        f"{clock} ratio {ratio_text(ratio)}, {100 * confidence:.3g} % bounds {bounds}",
     )
 
 
@@ -391,28 +394,35 @@ def bounds_text(low: Any, high: Any, form: Any) -> str:
     return f"{form(low)} to {form(high)}"
 
 
+def check_kind(name: str) -> tuple[str, str]:
+    """The name of a check without its prefix, and the release that the prefix names, or ""."""
+    for prefix, release in RELEASES.items():
+        if name.startswith(prefix):
+            return name.removeprefix(prefix), release
+    return name, ""
+
+
 def check_label(name: str) -> str:
     """What a check is about, in words."""
-    kind = name.removeprefix(BASELINE)
+    kind, release = check_kind(name)
     label = LABELS.get(kind, kind.replace("_", " "))
-    if kind == name:
+    if not release:
         return label
-    ours = label.replace("original", "baseline")
-    return ours if ours != label else f"{label}, against the baseline"
+    ours = label.replace("the original", release).replace("original", release.removeprefix("the "))
+    return ours if ours != label else f"{label}, against {release}"
 
 
-def check_form(name: str) -> Any:
-    """How the values of a check are written, by its name."""
-    name = name.removeprefix(BASELINE)
-    if name.endswith("_bytes"):
+def check_form(kind: str) -> Any:
+    """How the values of a check are written, by its name without prefix."""
+    if kind.endswith("_bytes"):
         return bytes_text
-    if name.endswith("_ms"):
+    if kind.endswith("_ms"):
         return ms_text
-    if name.endswith("ratio"):
+    if kind.endswith("ratio") or kind in RATIOS:
         return ratio_text
-    if name == "max_instructions":
+    if kind == "max_instructions":
         return count_text
-    if name in ("min_retained", "min_agreement", "min_provider_share", "min_int8_share"):
+    if kind.startswith("min_") or kind in SHARES:
         return share_text
     return score_text
 
@@ -422,10 +432,12 @@ def gate(report: Report) -> list[Check]:
     lines = []
     for row in rows(stage_report(report, "gate").get("checks")):
         name = plain(row.get("name"))
-        form = check_form(name)
+        kind, _ = check_kind(name)
+        form = check_form(kind)
         limit = form(row.get("limit"))
-        kind = name.removeprefix(BASELINE)
-        sign = "≥ " if kind.startswith("min_") else "≤ " if kind.startswith("max_") else ""
+        least = kind.startswith("min_") or kind in SHARES
+        most = kind.startswith("max_") or kind in RATIOS
+        sign = "≥ " if least else "≤ " if most else ""
         lines.append(
             Check(
                 name=name,
