@@ -254,6 +254,8 @@ class Chain:
             reports["validate"] = {"skipped": "the same file, byte for byte", "notes": []}
         elif "FAIL" in looks[-1].values() or measure.get("failed"):
             reports["validate"] = {"skipped": "the race had decided before", "notes": []}
+        elif not (measure.get("placement") or {"ok": True})["ok"]:
+            reports["validate"] = {"skipped": measure["latency_reason"], "notes": []}
         elif known is None:
             reports["validate"] = self.stage("validate", "validate", other, {})
         more = absolute_limits(self.recipe.gate, self.target.budget, measure)

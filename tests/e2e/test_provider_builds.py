@@ -47,6 +47,19 @@ def test_a_provider_that_takes_no_node_fails_the_build(edgewright, tiny):
     assert "only 0.0% of the work on AzureExecutionProvider; elsewhere: " in check["reason"]
     assert "Conv on CPUExecutionProvider" in check["reason"]
     assert "FAIL" in ran.err
+    models = out / "azure" / "model.onnx", tiny.parent / "model.onnx"
+    words = ("gate", "--candidate", models[0], "--baseline", models[1], "--target", path)
+    ran = edgewright(*words, "--json")
+    assert ran.code == 1, ran.err
+    found = {c["name"]: c for c in ran.json["gate"]["checks"]}
+    assert found["min_provider_share"]["verdict"] == "FAIL"
+    assert "Conv on CPUExecutionProvider" in found["min_provider_share"]["reason"]
+    assert "validate" in ran.json and "too little" in ran.json["validate"]["skipped"]
+    ran = edgewright("bench", models[0], "--target", path)
+    assert ran.code == 3, ran.out
+    assert "too little of the model runs on AzureExecutionProvider" in ran.err
+    assert "Conv on CPUExecutionProvider" in ran.err
+    assert not ran.out
 
 
 def test_an_absent_provider_ends_the_build_before_it_begins(edgewright, tiny):

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgewright.build import no_recipe
 from edgewright.decision import Settled
 from edgewright.errors import BadInput
+from edgewright.gate.demands import target_demands
+from edgewright.gate.release import decide_release
 from edgewright.measure import host, throughput
 from edgewright.measure import release as race
 from edgewright.measure.race import CandidateFailed, Pace
@@ -198,3 +201,27 @@ def test_throughput_counts_threads_and_streams(models, here, monkeypatch):
         assert len(row["rounds"]) == 3
         assert row["per_second"] == pytest.approx(float(np.median(row["rounds"])), abs=1e-3)
         assert row["per_second"] > 0
+
+
+@pytest.mark.skipif(
+    "AzureExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="this onnxruntime does not list Azure",
+)
+def test_a_provider_that_takes_nothing_is_found_before_the_race(models, monkeypatch):
+    raw = {"name": "here", "description": "this machine", "device": {"arch": platform.machine()}}
+    azure = parse_target({**raw, "runtime": {"provider": "AzureExecutionProvider"}})
+
+    def no_race(*words, **more):
+        raise AssertionError("times of the CPU are not those of Azure")
+
+    monkeypatch.setattr(race, "run_launch", no_race)
+    report = race.compare(models[4], models[4], FEEDS, azure, Settled(), quietly)
+    assert report["placement"]["provider_share"] == 0
+    found = decide_release(Settled(), {}, report, more=target_demands(report))
+    assert found["verdict"] == "FAIL"
+    failed = [c for c in found["checks"] if c["verdict"] == "FAIL"]
+    assert [c["name"] for c in failed] == ["min_provider_share"]
+    assert "MatMul on CPUExecutionProvider" in failed[0]["reason"]
+    reasons = {c["name"]: c["reason"] for c in found["checks"]}
+    for name in ("latency", "memory", "cold_start"):
+        assert reasons[name].startswith("not measured: too little of the model runs on Azure")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.data import Feed, samples
+from edgewright.errors import BadInput
 from edgewright.measure import MAX_FEEDS, compare, host, summary
 from edgewright.measure.energy import energy
 from edgewright.measure.race import CANDIDATE, blame, open_side
@@ -13,18 +14,39 @@ from edgewright.runtime.launch import launch_for
 from edgewright.stage import Job, Report
 from edgewright.target import Target
 
+NAMED = 5  # nodes that the message names
+
 
 def run(job: Job) -> Report:
-    """The stage: raises where either model does not run; nothing is judged here."""
+    """The stage: raises where either model does not run, or not where the target says.
+
+    Nothing is judged here, but the times of another provider are not what was asked for.
+    """
     original, candidate = job.models["export"], job.input_model()
     feeds = list(samples(job.recipe, input_specs(load(original)), MAX_FEEDS))
     report = compare(candidate, original, feeds, job.target, job.tell)
+    refuse_misplaced(report["placement"])
     if report["emulated"]:
         return report
     job.tell("measuring throughput", 0, 0)
     more, reasons = beyond(candidate, feeds, job.target, job)
     notes = [summary.note("info", reason) for reason in reasons]
     return {**report, **more, "notes": [*report["notes"], *notes]}
+
+
+def refuse_misplaced(where: dict[str, Any]) -> None:
+    """BadInput with the nodes that run elsewhere where the provider takes too little."""
+    if where["ok"]:
+        return
+    strays = [f"{n['name']} ({n['op']} on {n['provider']})" for n in where["strays"]]
+    more = f" and {len(strays) - NAMED} more" if len(strays) > NAMED else ""
+    raise BadInput(
+        f"too little of the model runs on {where['provider']}, so nothing was measured",
+        expected=f"at least {where['required_share']:.0%} of the {where['share_of']} there",
+        found=f"{where['provider_share']:.1%}; elsewhere: {', '.join(strays[:NAMED])}{more}",
+        hint="to measure it all the same, lower runtime.min_provider_share in a profile of your "
+        "own",
+    )
 
 
 def beyond(

@@ -30,6 +30,7 @@ from edgewright.measure import (
     emulated,
     failed,
     host,
+    misplaced,
     sizes,
     summary,
 )
@@ -38,7 +39,7 @@ from edgewright.measure.race import CANDIDATE, ORIGINAL, CandidateFailed, Pace, 
 from edgewright.model import input_specs, load
 from edgewright.runtime.engines import engine_folder
 from edgewright.runtime.launch import launch_for
-from edgewright.runtime.providers import on_host_cpu
+from edgewright.runtime.providers import CPU, on_host_cpu
 from edgewright.runtime.ssh.link import held
 from edgewright.stage import Job, Report, Tell
 from edgewright.target import Target
@@ -77,6 +78,9 @@ def compare(
 ) -> Report:
     """The report of `measure.compare`, with `cold_start` and `decided`; the baseline is "original".
 
+    Where the provider may leave work to the CPU, that is looked at first: a race on another
+    provider decides nothing.
+
     Raises CandidateFailed where the candidate cannot be loaded or run, and whatever is wrong
     with the baseline or the machine.
     """
@@ -90,6 +94,15 @@ def compare(
         begin = time.monotonic()
         threads, allowed = target.runtime.threads, host.usable_cores(target, before)
         cores = host.core_sets(allowed, threads if on_host_cpu(target) else len(allowed))
+        facts = {**host.facts(before), "threads": threads, "feeds": len(feeds)}
+
+        def place() -> dict[str, Any]:
+            tell("profiling", 0, 0)
+            return profile_nodes(candidate, target, launch, feeds, PROFILE_RUNS)
+
+        where = place() if target.runtime.provider != CPU else None
+        if where is not None and not where["ok"]:
+            return misplaced(where, sizes(candidate, baseline), facts)
         models = {CANDIDATE: candidate, ORIGINAL: baseline}
         heats: list[dict[str, Any]] = []
         looks: list[dict[str, Any]] = []
@@ -107,10 +120,8 @@ def compare(
             looks.append({**judged(parts, settled), "seconds": round(seconds, 3)})
             if ends(looks[-1]) or seconds + longest > settled.budget_s:
                 break
-        where = None
-        if FAIL not in looks[-1].values():
-            tell("profiling", 0, 0)
-            where = profile_nodes(candidate, target, launch, feeds, PROFILE_RUNS)
+        if where is None and FAIL not in looks[-1].values():
+            where = place()
         after = host.look(target)
     noise = summary.noise(heats, after["steal_ticks"] - before["steal_ticks"])
     if (unsteady := host.unsteady(before, after)) is not None:
@@ -126,12 +137,7 @@ def compare(
         "placement_reason": None if where else "the race had decided before",
         "noise": noise,
         "unsteady": unsteady,
-        "host": {
-            **host.facts(before),
-            "after": host.state(after),
-            "threads": threads,
-            "feeds": len(feeds),
-        },
+        "host": {**facts, "after": host.state(after)},
         "raw": summary.raw(heats, seed),
     }
 
