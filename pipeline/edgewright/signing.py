@@ -258,7 +258,7 @@ def sign_bundle(bundle: Path, signers: Sequence[Signer], *, any_verdict: bool = 
     The bundle is verified first: nobody signs what is not whole. One whose gate did not say
     PASS is refused unless `any_verdict`. Signatures of other keys stay.
     """
-    with bundle.open("rb") as file:
+    with transport.open_file(bundle, "bundle") as file:
         if file.read(len(transport.MAGIC)) == transport.MAGIC:
             raise UsageError(
                 f"{bundle} is compressed",

@@ -147,7 +147,8 @@ def test_by_the_commands(place, tmp_path):
     assert made.returncode == 0 and "of the bundle" in made.stdout, made.stderr
     flags = ("--root", str(tmp_path / "root"), "--allow-unsigned", "--no-self-test")
     assert run("install", "old.bundle.tar", *flags).returncode == 0
-    assert run("install", str(tmp_path / "d"), *flags).returncode == 5, "no bundle without --delta"
+    refused = run("install", str(tmp_path / "d"), *flags)
+    assert refused.returncode == 3 and "install it with --delta" in refused.stderr
     done = run("install", str(tmp_path / "d"), "--delta", *flags)
     assert done.returncode == 0 and done.stdout.startswith("installed"), done.stderr
 
@@ -231,6 +232,17 @@ def test_a_base_that_is_damaged(place, tmp_path):
     os.truncate(root / "current/model/model.onnx", 100)
     with pytest.raises(IntegrityError, match="outside of its base"):
         install(place / "d", root, DELTA)
+
+
+def test_no_delta_that_never_ends(place, tmp_path):
+    """Nobody waits for the writer of a FIFO."""
+    root = tmp_path / "root"
+    install(place / "old.bundle.tar", root, QUICK)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(IntegrityError, match="never ends"):
+        install(tmp_path / "fifo", root, DELTA)
+    with pytest.raises(BadInput, match="delta not found"):
+        install(tmp_path / "none", root, DELTA)
 
 
 def test_without_a_base(place, tmp_path):

@@ -505,6 +505,8 @@ def test_what_is_not_whole_is_not_signed(plain, tmp_path):
     path.write_bytes(b"\xfd7zXZ\x00" + bytes(100))
     with pytest.raises(UsageError, match="compressed"):
         signing.sign_bundle(path, [A], any_verdict=True)
+    with pytest.raises(BadInput, match="bundle not found"):
+        signing.sign_bundle(tmp_path / "none.bundle.tar", [A])
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 

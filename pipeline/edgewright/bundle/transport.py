@@ -8,16 +8,40 @@ that unpacks without end costs no more than the archive it claims to be.
 import io
 import lzma
 import os
+import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from edgewright.errors import IntegrityError
+from edgewright.errors import BadInput, IntegrityError, from_os_error
 
 SUFFIX = ".xz"
 MAGIC = b"\xfd7zXZ\x00"
 PRESET = 6  # its dictionary is 8 MiB: a reader needs 9 MiB
 MEMORY = 80 << 20  # that of preset 9, the most anyone writes
 READ = 1 << 16
+
+
+def open_file(path: Path, what: str) -> BinaryIO:
+    """A bundle or delta (`what`) for reading, as it is.
+
+    BadInput where there is none, IntegrityError where it is a device or pipe: it might never end.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise BadInput(f"{what} not found: {path}", hint="check the path") from None
+    except OSError as error:
+        raise from_os_error(error, f"opening the {what}") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise BadInput(f"{path} is no {what}", expected="a file", found="a folder")
+        raise IntegrityError(
+            f"{what} {path}", expected="a regular file", found="a device or pipe, which never ends"
+        )
+    return os.fdopen(descriptor, "rb")
 
 
 def compress(bundle: Path) -> Path:

@@ -48,10 +48,7 @@ def open_delta(path: Path, base: Path) -> BinaryIO:
 
     BadInput where the file is no delta, or one for another release.
     """
-    try:
-        file = path.open("rb")
-    except (FileNotFoundError, IsADirectoryError):
-        raise BadInput(f"delta not found: {path}", hint="check the path") from None
+    file = transport.open_file(path, "delta")
     head = file.read(HEAD)
     data = (base / manifests.PATH).read_bytes()
     if len(head) < HEAD or not head.startswith(MAGIC):

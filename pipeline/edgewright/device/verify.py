@@ -9,7 +9,6 @@ archive of arrays or other content is parsed here.
 import hashlib
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import BinaryIO
 
 from edgewright.bundle import manifest, tarball, transport
 from edgewright.bundle.manifest import Manifest
-from edgewright.device import envelope
+from edgewright.device import delta, envelope
 from edgewright.device.envelope import Trust
 from edgewright.errors import (
     BadInput,
@@ -91,22 +90,16 @@ def open_bundle(path: Path) -> BinaryIO:
 
     BadInput where there is none, IntegrityError where it is a device or pipe: it might never end.
     """
-    try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise BadInput(f"bundle not found: {path}", hint="check the path") from None
-    except OSError as error:
-        raise from_os_error(error, "opening the bundle") from None
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        if stat.S_ISDIR(mode):
-            raise BadInput(f"bundle {path}", expected="a file", found="a folder")
-        raise IntegrityError(
-            f"bundle {path}", expected="a regular file", found="a device or pipe, which never ends"
+    file = transport.open_file(path, "bundle")
+    start = file.read(len(delta.MAGIC))
+    file.seek(0)
+    if start == delta.MAGIC:
+        file.close()
+        raise BadInput(
+            f"{path} is a delta, no bundle",
+            hint="install it with --delta where the release before it is installed",
         )
-    return transport.plain(os.fdopen(descriptor, "rb"))
+    return transport.plain(file)
 
 
 def walk(
