@@ -182,6 +182,31 @@ def test_the_same_answers_as_the_package(place):
     assert codes == [0, 5, 5, 3, 5, 2, 0, 5, 0, 0, 6, 0, 2, 2, 2, 2, 2]
 
 
+def test_keys_are_replaced_on_the_device(place, tmp_path):
+    """By a file that enough of the old keys signed; another changes nothing."""
+    for name in ("a", "b"):
+        signing.keygen(tmp_path / name)
+    files = {
+        "old": (1, ["a"], ["a"]),
+        "forged": (2, ["b"], ["b"]),
+        "next": (2, ["b"], ["a", "b"]),
+    }
+    for name, (version, keys, signers) in files.items():
+        names = [str(tmp_path / f"{key}.pub") for key in keys]
+        made = [signing.signer(str(tmp_path / key), {}) for key in signers]
+        (tmp_path / name).write_bytes(signing.trust_file(names, 1, version, made))
+    old = str(tmp_path / "old")
+    before = (tmp_path / "old").read_bytes()
+    refused = device(place, "trust-update", old, str(tmp_path / "forged"))
+    assert refused.returncode == 5 and refused.stderr.count("\n") == 1
+    assert "by the old file's keys" in refused.stderr
+    assert (tmp_path / "old").read_bytes() == before
+    done = device(place, "trust-update", old, str(tmp_path / "next"))
+    assert (done.returncode, done.stdout) == (0, f"{old}: version 2\n"), done.stderr
+    assert (tmp_path / "old").read_bytes() == (tmp_path / "next").read_bytes()
+    assert device(place, "trust-update", old, str(tmp_path / "next")).returncode == 5
+
+
 def test_golden_vectors_in_the_single_file(place):
     """With numpy and onnxruntime there: proven in a child of its own, then switched to."""
     done = device(

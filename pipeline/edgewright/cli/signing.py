@@ -123,8 +123,5 @@ def trust_update(old: Path, new: Path, no_clock: bool) -> None:
     """
     from edgewright.device import trust
 
-    data = trust.read(new)
-    files = (trust.parse(trust.read(old), str(old)), trust.parse(data, str(new)))
-    trust.check_update(*files, None if no_clock else int(time.time()))
-    write_atomic(old, data)
-    emit(f"{old}: version {files[1].version}")
+    found = trust.update(old, new, None if no_clock else int(time.time()))
+    emit(f"{old}: version {found.version}")

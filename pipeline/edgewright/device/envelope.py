@@ -168,5 +168,5 @@ def refuse(expected: str, found: str) -> NoReturn:
         "the signature is refused",
         expected=expected,
         found=found,
-        hint="fetch the bundle again, from the source you trust; do not use this one",
+        hint="fetch it again, from the source you trust; do not use this one",
     )

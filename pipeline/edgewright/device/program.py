@@ -123,6 +123,12 @@ def parser(name: str) -> argparse.ArgumentParser:
     )
     one = command("mark-good", mark_good, "The current release runs well: stop counting starts.")
     root_option(one)
+    one = command(
+        "trust-update", trust_update, "Put NEW in OLD's place if enough keys of both signed it."
+    )
+    one.add_argument("old", type=Path, metavar="OLD", help="the device's trust file")
+    one.add_argument("new", type=Path, metavar="NEW")
+    clock_option(one)
     return top
 
 
@@ -160,6 +166,10 @@ def trust_options(one: argparse.ArgumentParser) -> None:
         help="a public key that must have signed (may be repeated), or a trust file",
     )
     one.add_argument("--threshold", type=int, help="how many of the keys must have signed")
+    clock_option(one)
+
+
+def clock_option(one: argparse.ArgumentParser) -> None:
     one.add_argument("--no-clock", action="store_true", help="the clock here is wrong")
 
 
@@ -211,6 +221,11 @@ def start_check(args: argparse.Namespace) -> Result:
 
 def mark_good(args: argparse.Namespace) -> Result:
     return told(starts.mark_good(args.root))
+
+
+def trust_update(args: argparse.Namespace) -> Result:
+    found = trusts.update(args.old, args.new, None if args.no_clock else int(time.time()))
+    return {"version": found.version}, f"{args.old}: version {found.version}"
 
 
 def told(report: dict[str, Any]) -> Result:

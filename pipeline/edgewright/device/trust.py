@@ -18,6 +18,7 @@ from edgewright.bundle import canonical
 from edgewright.device import envelope
 from edgewright.device.envelope import Trust
 from edgewright.errors import BadInput, IntegrityError, UsageError
+from edgewright.files import write_atomic
 
 TYPE = "application/vnd.edgewright.trust+json"
 SCHEMA = "edgewright-trust/1"
@@ -112,7 +113,14 @@ def load(paths: Sequence[Path], threshold: int | None, now: int | None) -> Trust
         if threshold is not None:
             raise UsageError("--threshold without --trust", hint="name the keys with --trust")
         return None
-    if len(paths) == 1 and not read(paths[0]).lstrip().startswith(b"-----"):
+    others = [path for path in paths if not read(path).lstrip().startswith(b"-----")]
+    if others and len(paths) > 1:
+        raise BadInput(
+            f"{others[0]} is no public key",
+            expected="public keys in PEM, or one trust file alone",
+            found=f"{len(paths)} files",
+        )
+    if others:
         file = parse(read(paths[0]), str(paths[0]))
         if threshold is not None and threshold < file.threshold:
             raise UsageError(
@@ -122,11 +130,12 @@ def load(paths: Sequence[Path], threshold: int | None, now: int | None) -> Trust
         trust = file.trust(now)
         return Trust(trust.keys, threshold or file.threshold, now)
     keys = {envelope.keyid(k): k for k in map(public_key, paths)}
-    if not 1 <= (threshold or 1) <= len(keys):
+    wanted = 1 if threshold is None else threshold
+    if not 1 <= wanted <= len(keys):
         raise UsageError(
             f"--threshold {threshold}", expected=f"1 to {len(keys)}, as many keys as you trust"
         )
-    return Trust(keys, threshold or 1, now)
+    return Trust(keys, wanted, now)
 
 
 def content(version: int, threshold: int, keys: Sequence[Key]) -> bytes:
@@ -155,8 +164,13 @@ def parse(data: bytes, where: str) -> TrustFile:
         value = json.loads(payload)
         if canonical.dumps(value) != payload:
             raise ValueError("not in canonical form")
-    except (IntegrityError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"{where} is no trust file", found=str(error)) from None
+    except (IntegrityError, ValueError, RecursionError):
+        raise IntegrityError(
+            f"{where} is no trust file",
+            expected="what `edgewright trust write` made, unchanged",
+            found="something else",
+            hint="fetch it again, from the source you trust",
+        ) from None
     if fault := fault_of(value):
         raise IntegrityError(f"trust file {where}", expected=SCHEMA, found=fault)
     keys = tuple(
@@ -232,5 +246,20 @@ def check_update(old: TrustFile, new: TrustFile, now: int | None) -> None:
             expected=f"above {old.version}",
             found=str(new.version),
         )
-    for keys in (old.trust(now), new.trust(now)):
-        envelope.checked(TYPE, new.payload, new.signatures, keys)
+    for whose, keys in (("the old file's keys", old.trust(now)), ("its own keys", new.trust(now))):
+        try:
+            envelope.checked(TYPE, new.payload, new.signatures, keys)
+        except IntegrityError as error:
+            raise IntegrityError(f"the new trust file, by {whose}: {error}") from None
+
+
+def update(old: Path, new: Path, now: int | None) -> TrustFile:
+    """Put the trust file `new` in the place of `old`, all or nothing; what it says.
+
+    IntegrityError, and `old` as it was, where it may not take that place.
+    """
+    data = read(new)
+    follower = parse(data, str(new))
+    check_update(parse(read(old), str(old)), follower, now)
+    write_atomic(old, data)
+    return follower
