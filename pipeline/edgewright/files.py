@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edgewright.errors import UsageError
+
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes."""
@@ -37,6 +39,8 @@ def flush(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; becomes `path` if the block succeeds."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", expected="the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

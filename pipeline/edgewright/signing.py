@@ -118,6 +118,12 @@ def private_bytes(path: Path) -> bytes:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise BadInput(f"private key {path}", expected="a file", found="something else")
+        data = file.read(MAX_KEY_BYTES)
+        if b"PUBLIC KEY" in data:
+            raise UsageError(
+                f"{path} holds a public key",
+                expected="the private one, which `edgewright keygen` writes without .pub",
+            )
         if facts.st_mode & 0o077:
             raise IntegrityError(
                 f"private key {path} is open to others than its owner",
@@ -125,7 +131,7 @@ def private_bytes(path: Path) -> bytes:
                 found=f"{stat.S_IMODE(facts.st_mode):04o}",
                 hint=f"make a new key, as this one may be known; else: chmod 600 {path}",
             )
-        return file.read(MAX_KEY_BYTES)
+        return data
 
 
 def from_pem(text: bytes, where: str) -> Signer:

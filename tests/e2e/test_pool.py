@@ -97,6 +97,15 @@ def test_in_memory_once(edgewright, tmp_path: Path) -> None:
     assert growth("apart", 4) - growth("apart", 1) > 2.5 * trunk_bytes
 
 
+def test_nothing_in_common_is_said_as_it_is(edgewright, tmp_path: Path) -> None:
+    """Then the pool is a little larger than the models apart, not "-N fewer"."""
+    onnx.save(tiny_model(), tmp_path / "m0.onnx")
+    onnx.save(trunk(1), tmp_path / "m1.onnx")
+    ran = edgewright("pool", tmp_path / "m0.onnx", tmp_path / "m1.onnx", "-o", tmp_path / "pool")
+    assert ran.code == 0, ran.err
+    assert "more than apart" in ran.out and "-" not in ran.out
+
+
 def test_refusals(edgewright, tmp_path: Path) -> None:
     onnx.save(tiny_model(), tmp_path / "a.onnx")
     (tmp_path / "b.onnx").write_bytes(b"no model")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from bundles import forged, make, pack, unpack
 
-from edgewright.device import fit, starts, store
+from edgewright.device import fit, program, starts, store
 from edgewright.device import install as installs
 from edgewright.device.install import Wish, install
 from edgewright.errors import (
@@ -441,6 +441,12 @@ def test_no_root(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(BadInput, match="not found"):
         install(tmp_path / "none", tmp_path / "root", QUICK)
+    assert program.run(["status", "--root", str(tmp_path / "root")]).startswith("model     none\n")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="expected a folder"):
+        install(tmp_path / "none", tmp_path / "file", QUICK)
+    with pytest.raises(BadInput, match="expected a file; found a folder"):
+        install(tmp_path, tmp_path / "root", QUICK)
 
 
 # The way back
@@ -497,6 +503,15 @@ def test_nothing_to_go_back_to(plain, root):
     found = [starts.start_check(root, 2) for _ in range(6)]
     assert {row["release"] for row in found} == {name}
     assert "no other" in found[-1]["action"]
+
+
+def test_no_start_at_all_is_no_count(plain, root):
+    """Such a limit would let every new release fail before it ever ran."""
+    install(plain, root, QUICK)
+    for most in (0, -1):
+        with pytest.raises(UsageError, match="1 or more"):
+            starts.start_check(root, most)
+    assert not starts.status(root)["current"]["failed"]
 
 
 def test_after_a_rollback_the_failed_release_goes_with_the_next_install(two, plain, tmp_path, root):

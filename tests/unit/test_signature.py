@@ -375,6 +375,9 @@ def test_keygen_and_what_it_refuses(tmp_path):
     assert (tmp_path / "release").read_bytes() == text
     with pytest.raises(UsageError, match="private key"):
         trust.public_key(tmp_path / "release")
+    public.write_text(trust.pem(raw))
+    with pytest.raises(UsageError, match="holds a public key"):
+        signing.signer(str(public), {})
     for mode in (0o640, 0o604, 0o610, 0o666):
         (tmp_path / "release").chmod(mode)
         with pytest.raises(IntegrityError, match=f"{mode:04o}") as caught:

@@ -255,7 +255,8 @@ def pool(
         numbers = (row["stored_bytes"], row["shared_bytes"], row["shared_tensors"])
         rows.append((row["model"], *(str(number) for number in numbers)))
     emit_table(rows)
-    emit_table([("all together", f"{report['pooled_bytes']} bytes, {saved} fewer than apart")])
+    difference = f"{abs(saved)} {'fewer' if saved >= 0 else 'more'} than apart"
+    emit_table([("all together", f"{report['pooled_bytes']} bytes, {difference}")])
     if "bundle" in report:
         emit(f"{output}: {report['bytes']} bytes, apart {report['separate_bundle_bytes']}")
 

@@ -235,7 +235,8 @@ def told(report: dict[str, Any]) -> Result:
 
 def status(args: argparse.Namespace) -> Result:
     report = starts.status(args.root, args.check)
-    lines = [f"model     {report['name']} for {report['target']}, sequence {report['sequence']}"]
+    model = f"{report['name']} for {report['target']}, sequence {report['sequence']}"
+    lines = [f"model     {model if report['name'] else 'none'}"]
     for key in ("current", "previous"):
         row = report[key]
         fate = "none" if row is None else f"{row['id']}  {state_of(row)}"

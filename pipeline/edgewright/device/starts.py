@@ -6,7 +6,7 @@ from typing import Any
 
 from edgewright.bundle import manifest as manifests
 from edgewright.device import install, store
-from edgewright.errors import EdgewrightError, EnvironmentMissing, IntegrityError
+from edgewright.errors import EdgewrightError, EnvironmentMissing, IntegrityError, UsageError
 
 STARTS = 3  # how often a new release may be started without anyone saying that it is good
 
@@ -18,6 +18,8 @@ def start_check(root: Path, most: int = STARTS) -> dict[str, Any]:
     none was followed by `mark_good`. Where there is nothing to go back to, the current one stays:
     a device that tries again is better than one that stands still.
     """
+    if most < 1:
+        raise UsageError(f"--starts {most}", expected="1 or more")
     store.existing(root)
     with store.changing(root) as state:
         current = store.linked(root)

@@ -74,6 +74,8 @@ class State:
 
 def prepare(root: Path) -> None:
     """Make the folders; refuse a root that others could change behind our back."""
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"--root {root}", expected="a folder", found="a file")
     new = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(mode=0o755, parents=True, exist_ok=True)
     for folder in new:
