@@ -103,6 +103,7 @@ def test_twice_the_work_is_measured_as_slower(models, native):
         assert report["load"][side]["cold_start_s"] > report["load"][side]["load_s"] > 0
         assert report["memory"][f"{side}_peak_bytes"] > report["memory"][f"{side}_cost_bytes"] > 0
     assert report["memory"]["candidate_peak_no_arena_bytes"] > 0
+    assert report["memory"]["original_peak_no_arena_bytes"] > 0
     size = report["size"]
     assert size["candidate_bytes"] == models[8].stat().st_size
     assert 1.9 < size["ratio"] < 2.1
@@ -320,15 +321,19 @@ def test_memory_reports_the_largest_peak_and_what_the_model_costs():
         {"start": {CANDIDATE: start(300, 150), ORIGINAL: start(500, 200)}},
         {"start": {CANDIDATE: start(310, 160), ORIGINAL: start(490, 200)}},
     ]
-    report, notes = summary.memory(heats, 280, True)
+    no_arena = {CANDIDATE: (280, True), ORIGINAL: (450, True)}
+    report, notes = summary.memory(heats, no_arena)
     assert report["candidate_peak_bytes"] == 310 << 10
     assert report["candidate_load_peak_bytes"] == 160 << 10
     assert report["candidate_peak_no_arena_bytes"] == 280 << 10
+    assert report["original_peak_no_arena_bytes"] == 450 << 10
     assert report["ratio"] == pytest.approx(310 / 500)
     assert report["cost_ratio"] == pytest.approx(210 / 400)
     assert notes == []
     heats[0]["start"][ORIGINAL]["peak_kib"] = heats[1]["start"][ORIGINAL]["peak_kib"] = 0
-    report, _ = summary.memory(heats, 280, True)
+    _, notes = summary.memory(heats, {**no_arena, ORIGINAL: (450, False)})
+    assert "peaks include loading" in notes[0]["text"]
+    report, _ = summary.memory(heats, no_arena)
     assert report["ratio"] is None
     assert "VmHWM" in report["reason"]
 

@@ -197,6 +197,7 @@ def test_throughput_counts_threads_and_streams(models, here, monkeypatch):
     counts = [1, 2][: len(cores)]
     assert [row["threads"] for row in found["threads"]] == counts
     assert [row["streams"] for row in found["streams"]] == counts
+    assert found["threads"][0]["rounds"] == found["streams"][0]["rounds"], "the same, run once"
     for row in found["threads"] + found["streams"]:
         assert len(row["rounds"]) == 3
         assert row["per_second"] == pytest.approx(float(np.median(row["rounds"])), abs=1e-3)

@@ -23,8 +23,11 @@ REPORT = {
     "load": {"ok": True, "candidate": START, "original": START},
     "noise": {"quiet": False, "reason": "fixed work varied by 9.0%"},
     "throughput": {
-        "threads": [{"threads": 1, "per_second": 10.0}, {"threads": 2, "per_second": 15.0}],
-        "streams": [{"streams": 1, "per_second": 10.0}],
+        "threads": [
+            {"threads": 1, "per_second": 10.0, "rounds": [10.0, 9.0, 11.5]},
+            {"threads": 2, "per_second": 15.0, "rounds": [14.0, 15.0, 16.0]},
+        ],
+        "streams": [{"streams": 1, "per_second": 10.0, "rounds": [10.0, 9.0, 11.5]}],
     },
     "energy": None,
     "energy_reason": "no energy meter can be read on this machine (RAPL powercap)",
@@ -41,8 +44,8 @@ def test_all_figures_have_a_line():
     assert rows["peak memory of the model"] == (
         "50.0 MB, of it the model's 10.0; 40.0 MB without the arena"
     )
-    assert rows["throughput, 1 thread"] == "10.0 a second"
-    assert rows["throughput, 2 threads"] == "15.0 a second"
+    assert rows["throughput, 1 thread"] == "10.0 a second (9.0 to 11.5)"
+    assert rows["throughput, 2 threads"] == "15.0 a second (14.0 to 16.0)"
     assert rows["energy"].startswith("not measured: no energy meter")
     assert rows["limits in ms and bytes"] == "cannot bind here: fixed work varied by 9.0%"
 
@@ -52,5 +55,20 @@ def test_one_model_has_no_other():
 
 
 def test_emulation_says_why_there_are_no_times():
-    found = lines({"latency": None, "latency_reason": "emulated time is not latency"}, alone=True)
-    assert found == [("nothing measured", "emulated time is not latency")]
+    counts = {"total": 1500, "runs": [1500, 1500, 1608], "classes": {"fmla": 0, "dot": 500}}
+    other = {"total": 3000, "runs": [3000] * 3, "classes": {"fmla": 2000}}
+    report = {
+        "latency": None,
+        "latency_reason": "emulated time is not latency",
+        "instructions": {"candidate": counts, "original": other, "ratio": 0.5},
+    }
+    reason = ("no latency", "emulated time is not latency")
+    ours = ("instructions of the model", "1,500 in 2 of 3 runs; of them dot 500")
+    assert lines(report, alone=True) == [ours, reason]
+    assert lines(report, alone=False) == [
+        ours,
+        ("instructions of the other", "3,000 in 3 of 3 runs; of them fmla 2,000"),
+        ("instructions, the model / the other", "0.500"),
+        reason,
+    ]
+    assert lines({**report, "instructions": None}, alone=True) == [reason]

@@ -150,6 +150,7 @@ def measured(
     if not where["ok"]:
         return misplaced(where, sizes(candidate, original), facts)
     cores = host.core_sets(allowed, threads if on_cpu else len(allowed))
+    models = {CANDIDATE: candidate, ORIGINAL: original}
     # Two looks at the data at most, so each gets half of the chance to err (Bonferroni).
     confidence = CONFIDENCE if limit is None else 1 - (1 - CONFIDENCE) / 2
 
@@ -161,7 +162,7 @@ def measured(
         for number in range(first, planned):
             heats += run_launch(
                 number,
-                {CANDIDATE: candidate, ORIGINAL: original},
+                models,
                 feeds,
                 target,
                 launch,
@@ -177,8 +178,11 @@ def measured(
         heats += race(launches, 2 * launches)
     latency, notes = look(heats)
     tell("measuring memory", 0, 0)
-    no_arena, reset = no_arena_peak_kib(candidate, feeds, target, launch, cores[0])
-    memory, more = summary.memory(heats, no_arena, reset)
+    no_arena = {
+        side: no_arena_peak_kib(side, model, feeds, target, launch, cores[0])
+        for side, model in models.items()
+    }
+    memory, more = summary.memory(heats, no_arena)
     after = host.look(target)
     noise = summary.noise(heats, after["steal_ticks"] - before["steal_ticks"])
     notes += more

@@ -281,15 +281,20 @@ def run_heat(
 
 
 def no_arena_peak_kib(
-    model: Path, feeds: list[Feed], target: Target, launch: Launch, cores: frozenset[int]
+    side: str,
+    model: Path,
+    feeds: list[Feed],
+    target: Target,
+    launch: Launch,
+    cores: frozenset[int],
 ) -> tuple[int, bool]:
-    """Peak KiB of the candidate without the memory arena (largest of three), and if it was reset.
+    """Peak KiB of one side without the memory arena (largest of three), and if it was reset.
 
     Devices often switch the arena off: it keeps what the largest input once needed.
     """
     request = memory_request(feeds, target)
-    with open_side(CANDIDATE, model, target, launch, cores=cores, arena=False) as session:
-        with blame(CANDIDATE):
+    with open_side(side, model, target, launch, cores=cores, arena=False) as session:
+        with blame(side):
             session.keep_feeds(feeds)
-        answers = [ask(CANDIDATE, session, request) for _ in range(3)]
+        answers = [ask(side, session, request) for _ in range(3)]
     return max(a["peak_kib"] for a in answers), all(a["reset"] for a in answers)

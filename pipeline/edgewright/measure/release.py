@@ -150,7 +150,7 @@ def look(heats: list[dict[str, Any]], target: Target) -> tuple[dict[str, Any], l
     """What the heats so far say: latency, cold start and memory."""
     clock, tails = summary.primary_clock(target), (FAIL_TAIL, PASS_TAIL)
     latency, notes = summary.latency(heats, clock, 1 - FAIL_TAIL - PASS_TAIL, tails)
-    memory, more = summary.memory(heats, None, True)
+    memory, more = summary.memory(heats, {})
     cold_start = summary.cold_start(heats, clock, tails)
     return {"latency": latency, "cold_start": cold_start, "memory": memory}, [*notes, *more]
 

@@ -164,16 +164,18 @@ def straddles(latency_report: dict[str, Any], border: float) -> bool:
 
 
 def memory(
-    heats: list[dict[str, Any]], no_arena_kib: int | None, reset: bool
+    heats: list[dict[str, Any]], no_arena: dict[str, tuple[int, bool]]
 ) -> tuple[dict[str, Any], list[Note]]:
     """Peak resident bytes of both processes, largest over the heats.
 
     `peak` is that of running, `load_peak` that of importing and loading; `cost` is the peak
     without what the process held before it loaded the model (Python and the runtime).
+    no_arena: by side, the peak in KiB without the arena and whether it was reset before.
     """
     starts = {side: [heat["start"][side] for heat in heats] for side in SIDES}
     notes = []
-    if not reset or not all(s["reset"] for side in SIDES for s in starts[side]):
+    resets = [s["reset"] for side in SIDES for s in starts[side]]
+    if not all([*resets, *(reset for _, reset in no_arena.values())]):
         text = "the kernel cannot reset the peak of memory, so peaks include loading"
         notes.append(note("warning", text))
     report: dict[str, Any] = {}
@@ -188,8 +190,8 @@ def memory(
         load_peak = max(s["peak_after_load_kib"] for s in starts[side])
         report[f"{side}_load_peak_bytes"] = 1024 * load_peak
         report[f"{side}_peaks_bytes"] = [1024 * s["peak_kib"] for s in starts[side]]
-    if no_arena_kib is not None:
-        report["candidate_peak_no_arena_bytes"] = 1024 * no_arena_kib
+    for side, (peak, _) in no_arena.items():
+        report[f"{side}_peak_no_arena_bytes"] = 1024 * peak
     report["ratio"] = report["candidate_peak_bytes"] / report["original_peak_bytes"]
     original = report["original_cost_bytes"]
     report["cost_ratio"] = report["candidate_cost_bytes"] / original if original else None

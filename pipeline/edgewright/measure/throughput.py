@@ -25,17 +25,25 @@ def throughput(
     """Rows of {"threads" or "streams": N, "per_second": median of the rounds, "rounds": [...]}.
 
     N is 1, 2, 4, ... up to the number of cores. A stream is a process with one thread on a core
-    of its own; all streams run at the same time.
+    of its own; all streams run at the same time. One stream is one thread, and measured once.
     """
     counts = sorted({*(2**k for k in range(len(cores).bit_length()) if 2**k <= len(cores))})
     counts += [len(cores)] if len(cores) not in counts else []
+    one = rates([cores[:1]], 1, model, feeds, target, launch)
     return {
         "threads": [
-            {"threads": n, **rates([cores[:n]], n, model, feeds, target, launch)} for n in counts
+            {"threads": 1, **one},
+            *(
+                {"threads": n, **rates([cores[:n]], n, model, feeds, target, launch)}
+                for n in counts[1:]
+            ),
         ],
         "streams": [
-            {"streams": n, **rates([[c] for c in cores[:n]], 1, model, feeds, target, launch)}
-            for n in counts
+            {"streams": 1, **one},
+            *(
+                {"streams": n, **rates([[c] for c in cores[:n]], 1, model, feeds, target, launch)}
+                for n in counts[1:]
+            ),
         ],
         "round_s": ROUND_S,
     }

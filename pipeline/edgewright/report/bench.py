@@ -31,13 +31,17 @@ def lines(report: dict[str, Any], *, alone: bool) -> Lines:
             if without := memory.get(f"{side}_peak_no_arena_bytes"):
                 text += f"; {without / 1e6:.1f} MB without the arena"
             found.append((f"peak memory of {name}", text))
+    if counted := report.get("instructions"):
+        found += instructions(counted, sides)
     if not alone and latency.get("ratio"):
         found.append(("latency, the model / the other", ratio(latency)))
     rates = report.get("throughput") or {}
     for kind in ("threads", "streams"):
         for row in rates.get(kind, []):
             word = kind if row[kind] > 1 else kind.removesuffix("s")
-            found.append((f"throughput, {row[kind]} {word}", f"{row['per_second']:.1f} a second"))
+            text = f"{row['per_second']:.1f} a second"
+            text += f" ({min(row['rounds']):.1f} to {max(row['rounds']):.1f})"
+            found.append((f"throughput, {row[kind]} {word}", text))
     if joules := report.get("energy"):
         text = f"{joules['joules_per_call']:.4g} J a call, {joules['remark']}"
         found.append(("energy", text))
@@ -47,7 +51,9 @@ def lines(report: dict[str, Any], *, alone: bool) -> Lines:
     if noise:
         quiet = "can bind here" if noise["quiet"] else f"cannot bind here: {noise['reason']}"
         found.append(("limits in ms and bytes", quiet))
-    return found or [("nothing measured", report.get("latency_reason") or "no reason given")]
+    if not latency:
+        found.append(("no latency", report.get("latency_reason") or "no reason given"))
+    return found
 
 
 def times(name: str, side: dict[str, Any]) -> Lines:
@@ -59,6 +65,21 @@ def times(name: str, side: dict[str, Any]) -> Lines:
         value = side.get(f"{key}_ms")
         parts.append(f"{key} {value:.3f} ms" if value else f"no {key}: {side.get(f'{key}_reason')}")
     return [(name, f"{', '.join(parts)} ({side['runs']} calls)")]
+
+
+def instructions(counted: dict[str, Any], sides: dict[str, str]) -> Lines:
+    """Instructions of one inference under emulation, the largest classes, and the ratio."""
+    found = []
+    for side, name in sides.items():
+        counts = counted[side]
+        classes = sorted(counts["classes"].items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{key} {count:,}" for key, count in classes if count)
+        alike = counts["runs"].count(counts["total"])
+        text = f"{counts['total']:,} in {alike} of {len(counts['runs'])} runs; of them {parts}"
+        found.append((f"instructions of {name}", text))
+    if len(sides) > 1:
+        found.append(("instructions, the model / the other", f"{counted['ratio']:.3f}"))
+    return found
 
 
 def ratio(latency: dict[str, Any]) -> str:
