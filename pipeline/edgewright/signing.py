@@ -122,7 +122,7 @@ def private_bytes(path: Path) -> bytes:
         if b"PUBLIC KEY" in data:
             raise UsageError(
                 f"{path} holds a public key",
-                expected="the private one, which `edgewright keygen` writes without .pub",
+                expected="the private one; `edgewright keygen` writes it without .pub",
             )
         if facts.st_mode & 0o077:
             raise IntegrityError(

@@ -72,8 +72,9 @@ def test_keys_and_bundles_that_are_refused(bundle, key, tmp_path):
     with pytest.raises(UsageError, match="not for release"):
         oms.sign(bundle, key)
     signing.keygen(tmp_path / "ed")
-    with pytest.raises(BadInput, match="P-256"):
+    with pytest.raises(BadInput, match="P-256") as caught:
         oms.sign(bundle, tmp_path / "ed", any_verdict=True)
+    assert "-out NEW" in str(caught.value), "what it advises overwrites no other key"
     shutil.copy(key, tmp_path / "open")
     (tmp_path / "open").chmod(0o644)
     with pytest.raises(IntegrityError, match="0644"):
