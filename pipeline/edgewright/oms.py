@@ -42,7 +42,7 @@ def sign(bundle: Path, key: Path, *, any_verdict: bool = False) -> bytes:
             f"private key {key}",
             expected="an ECDSA key on P-256 in PEM, not encrypted",
             # Never that file's own name: it holds another key.
-            hint="make one with: umask 077; openssl ecparam -name prime256v1 -genkey -noout -out NEW",
+            hint="umask 077; openssl ecparam -name prime256v1 -genkey -noout -out NEW",
         )
     payload = statement(releasable(bundle, any_verdict))
     signature = private.sign(
