@@ -122,6 +122,11 @@ def test_a_candidate_that_breaks_fails_with_the_cause(bundles, edgewright):
     (runs,) = [c for c in ran.json["gate"]["checks"] if c["name"] == "runs"]
     assert runs["verdict"] == "FAIL"
     assert "out of data bounds" in runs["reason"]
+    ran = edgewright(
+        "gate", "--candidate", bundles / "breaks.onnx", "--baseline", bundles / "model.tar"
+    )
+    assert (ran.code, ran.out.strip()) == (1, "FAIL")
+    assert "FAIL   breaks 0 for cpu" in ran.err, "without a recipe the file has the name"
 
 
 def test_a_baseline_that_cannot_be_trusted_is_no_pass(bundles, edgewright, tmp_path):

@@ -45,8 +45,17 @@ def on_files(
         )
 
 
-def show(recipe: Recipe, target: Target, reports: dict[str, Report], as_json: bool) -> None:
-    """Print what stages found: tables on standard error, or JSON on standard output."""
+def show(
+    recipe: Recipe,
+    target: Target,
+    reports: dict[str, Report],
+    as_json: bool,
+    names: dict[str, str] = {},
+) -> None:
+    """Print what stages found: tables on standard error, or JSON on standard output.
+
+    names: the name and version to show in place of the recipe's.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -56,7 +65,7 @@ def show(recipe: Recipe, target: Target, reports: dict[str, Report], as_json: bo
     if as_json:
         emit_json(reports)
         return
-    report = as_build(recipe, target, reports)
+    report = as_build(recipe, target, reports) | names
     if "gate" in reports:
         stderr.print(text.summary(report))
         return
@@ -284,10 +293,11 @@ def gate(
     with watching(target.name) as watch:
         reports = judge(candidate, baseline, target, recipe=recipe, pinned=golden, watch=watch)
     told = recipe or named("")
-    show(told, target, reports, as_json)
+    names = {} if recipe else called(candidate)
+    show(told, target, reports, as_json, names)
     warns = only_warns(recipe.gate.tolerance if recipe else Tolerances(), target.tolerance)
     warns = inconclusive == "warn" if inconclusive else warns
-    report = as_build(told, target, reports) | ({} if recipe else called(candidate))
+    report = as_build(told, target, reports) | names
     evidence.write([report], recipe.folder if recipe else Path(), only_warns=[warns])
     verdict = reports["gate"]["verdict"]
     if not as_json:

@@ -77,7 +77,7 @@ def latency(settled: Settled, measure: Report) -> Check:
     verdict = decision.latency_verdict(report, settled.latency, settled.margin)
     clock = "CPU time" if report.get("primary") == "cpu" else "wall time"
     launches, pairs = report.get("launches", 0), report.get("pairs", 0)
-    counts = f"{launches} launches, {pairs} pairs"
+    counts = f"{pairs} pairs in {launches} launch{'es' if launches != 1 else ''}"
     found = f"{clock} {bounded(value, low, high)} of the baseline's ({counts})"
     if verdict == INCONCLUSIVE:
         found += ": too little evidence on this machine in the time given"
