@@ -121,6 +121,19 @@ def test_the_metric_is_held_by_pairs_of_samples(lost, samples, verdict):
     assert verdict_of(report, "metric") == report["verdict"] == verdict
 
 
+@pytest.mark.parametrize(
+    ("kept", "runs", "verdict"),
+    [(1.0, 5, INCONCLUSIVE), (1.0, 20, PASS), (0.991, 400, PASS), (0.98, 400, INCONCLUSIVE)],
+)
+def test_a_metric_without_samples_shows_little(kept, runs, verdict):
+    validate = answers(wrong(0, 400), wrong(0, 400))
+    shipped = {"score": kept, "retained": kept}
+    validate["metric"] = {"original": {"score": 1.0}, "shipped": shipped, "runs": runs}
+    report = judged(validate)
+    assert verdict_of(report, "metric") == report["verdict"] == verdict
+    assert f"in {runs} runs; without data.per_sample" in report["checks"][0]["reason"]
+
+
 def test_an_error_that_rises_is_a_loss():
     rng = np.random.default_rng(0)
     before = rng.uniform(0.9, 1.1, 400)
