@@ -20,7 +20,7 @@ class EdgewrightError(Exception):
             parts.append(f"found {found}")
         text = "; ".join(parts) + "."
         if hint:
-            text += f" Next: {hint.rstrip('.')}."
+            text += f" Next: {hint.rstrip('.')}" + ("" if hint.endswith("?") else ".")
         super().__init__(text)
 
 

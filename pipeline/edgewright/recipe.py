@@ -280,7 +280,8 @@ class Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe file."""
+    """Read and check a recipe file, or the recipe.toml of a folder."""
+    path = path / "recipe.toml" if path.is_dir() else path
     return parse_recipe(load_toml(path, "recipe"), path.resolve().parent, str(path))
 
 

@@ -158,7 +158,7 @@ def load_target(name: str) -> Target:
         if name not in target_names():
             raise UsageError(
                 f"unknown target '{name}'",
-                hint=f"{suggestion(name, target_names())}; a profile of your own is named by path",
+                hint=f"a profile of your own is named by path; {suggestion(name, target_names())}",
             )
         path = profiles_folder() / f"{name}.toml"
         where = f"target profile {name}"
@@ -199,7 +199,8 @@ def parse_target(raw: dict[str, Any], where: str = "target profile") -> Target:
         check_ssh(target.run, where)
     for key in ("min_provider_share", "min_int8_share"):
         if not 0 <= getattr(target.runtime, key) <= 1:
-            raise BadInput(f"{where}: runtime.{key}", expected="0 to 1")
+            found = str(getattr(target.runtime, key))
+            raise BadInput(f"{where}: runtime.{key}", expected="0 to 1", found=found)
     if target.prune.multiple < 1:
         raise BadInput(f"{where}: prune.multiple", expected="at least 1")
     if target.runtime.threads < 1:

@@ -92,6 +92,12 @@ def test_unknown_target_is_refused_with_a_suggestion():
     with pytest.raises(UsageError, match="did you mean 'arm-a53'") as caught:
         load_target("arm-a54")
     assert caught.value.exit_code == 2
+    assert str(caught.value).endswith("named by path; did you mean 'arm-a53'?")
+
+
+def test_a_share_is_between_0_and_1():
+    with pytest.raises(BadInput, match=r"min_int8_share; expected 0 to 1; found 1\.5"):
+        parse_target({**MINIMAL, "runtime": {"min_int8_share": 1.5}})
 
 
 def test_own_profile_is_read_by_path(tmp_path):

@@ -1,4 +1,7 @@
-"""[prune], [recover] and [share] of a recipe: what cannot be is refused, by the key's name."""
+"""[prune], [recover] and [share] of a recipe: what cannot be is refused, by the key's name.
+
+And where a recipe is looked for.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 import pytest
 
 from edgewright.errors import BadInput
-from edgewright.recipe import parse_recipe
+from edgewright.recipe import load_recipe, parse_recipe
 
 BASE: dict[str, Any] = {
     "model": {"name": "m", "version": "1", "source": "m.onnx"},
@@ -60,3 +63,12 @@ def test_read() -> None:
     assert recipe.prune is not None and recipe.prune.budget.named() == ("macs", 0.5)
     assert recipe.recover is not None and recipe.share is not None
     assert parse_recipe(BASE, Path()).prune is None
+
+
+def test_a_folder_stands_for_the_recipe_in_it(tmp_path):
+    text = '[model]\nname = "m"\nversion = "1"\nsource = "m.onnx"\n[data]\ncalibration = "c.npz"\n'
+    with pytest.raises(BadInput, match=r"recipe not found: .*/recipe\.toml"):
+        load_recipe(tmp_path)
+    (tmp_path / "recipe.toml").write_text(text)
+    assert load_recipe(tmp_path) == load_recipe(tmp_path / "recipe.toml")
+    assert load_recipe(tmp_path).folder == tmp_path.resolve()

@@ -42,6 +42,8 @@ def build(
 ) -> int:
     """Run all stages of RECIPE for each target: the model, its evidence, a bundle, a verdict.
 
+    RECIPE is the file, or a folder with a recipe.toml in it.
+
     \b
     edgewright build recipe.toml --target cpu
     edgewright build recipe.toml --target cpu --target arm --json > result.json
