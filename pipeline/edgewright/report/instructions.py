@@ -30,10 +30,10 @@ def view(measure: tables.Report) -> dict[str, Any]:
         values = [find(counts, side, "classes", key) for side in sides]
         if any(number(value) for value in values):
             rows.append(row(label, *values))
-    exact = all(find(counts, side, "exact") is True for side in sides)
+    numbers = [find(counts, side, "runs") for side in sides]
     return {
         "rows": rows,
-        "exact": exact,
+        "alike": all(isinstance(runs, list) and len(set(runs)) == 1 for runs in numbers),
         "method": plain(counts.get("statistic")),
         "emulator": plain(counts.get("emulator")),
     }
