@@ -421,6 +421,17 @@ def test_an_old_file_is_gone_before_the_work_begins(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["markdown", "junit", "history"])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, name):
+    (tmp_path / "file").write_text("kept")
+    files = dict.fromkeys(("markdown", "junit", "junit_inconclusive", "history", "label"))
+    with pytest.raises(UsageError, match=f"--{name} .*expected a file that can be written"):
+        Evidence(**{**files, name: tmp_path / "file" / "below"}).prepare()
+    Evidence(**{**files, name: tmp_path / "new" / "below"}).prepare()
+    assert list((tmp_path / "new").iterdir()) == []
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_a_label_needs_its_history(tmp_path):
     with pytest.raises(UsageError, match="--history"):
         Evidence(None, None, None, None, "x").prepare()

@@ -1,6 +1,7 @@
 """What a verdict leaves behind for a pull request, a job server and later releases."""
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ class Evidence:
             raise UsageError("--label", expected="--history FILE with it")
         if self.label is not None and len(self.label) > LABEL_CHARS:
             raise UsageError("--label", expected=f"at most {LABEL_CHARS} characters")
+        for name in ("markdown", "junit", "history"):
+            if (path := getattr(self, name)) is not None:
+                check_writable(path, f"--{name} {path}")
         for path in (self.markdown, self.junit):
             if path is not None:
                 path.unlink(missing_ok=True)
@@ -77,6 +81,17 @@ class Evidence:
             data = junit.xml(reports, open_ones, epoch() or 0)
             write_atomic(self.junit, data)
         return past
+
+
+def check_writable(path: Path, option: str) -> None:
+    """UsageError where no file can be made at the path; its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise UsageError(option, expected="a file that can be written", found=found) from None
 
 
 def epoch() -> int | None:
