@@ -30,8 +30,9 @@ from edgewright.prune.criteria import scores
 from edgewright.prune.cut import cut
 from edgewright.prune.labels import analyse
 from edgewright.prune.select import select
-from edgewright.recipe import load_recipe
+from edgewright.recipe import Distillation, load_recipe
 from edgewright.recover.compensate import compensate
+from edgewright.recover.variants import with_variants
 
 WANTED = {  # of issue 4: case, share of work that remains, share of the metric to keep
     ("ppocrv4-rec", 0.66): 96,
@@ -49,10 +50,13 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", metavar="CASE:SHARE", help="default: those of issue 4")
     parser.add_argument("--kit", type=Path, default=Path("../shared/kit"))
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--vary", type=int, default=3, help="variants of each to compensate on")
     parser.add_argument("--criterion", default="hessian")
     parser.add_argument("--allocation", default="global", choices=("global", "uniform"))
     parser.add_argument("--multiple", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="score the plain slice, too")
+    parser.add_argument("--distill", metavar="TABLE", help="[recover.distill] as JSON, {} for its "
+                        "defaults: train what was compensated, and score that, too")  # fmt: skip
     parser.add_argument("--memory", action="store_true", help="no scoring, time and memory only")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -74,15 +78,18 @@ def one_row(case: str, share: str, asked: argparse.Namespace) -> Row:
     """Prune in a process of its own, whose memory is its own, and score the models."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, f"{case}:{share}", "--child", folder]
-        for name in ("kit", "samples", "criterion", "allocation", "multiple"):
+        for name in ("kit", "samples", "vary", "criterion", "allocation", "multiple"):
             command += [f"--{name}", str(getattr(asked, name))]
+        if asked.distill:
+            command += ["--distill", asked.distill]
         done = subprocess.run(command, capture_output=True, text=True)
         row: Row = {"case": case, "asked": float(share)}
         if done.returncode:
             row["error"] = done.stderr.strip().splitlines()[-1]
         else:
             row |= json.loads(done.stdout)
-            models = [] if asked.memory else ["plain"] * asked.plain + ["repaired"]
+            models = ["plain"] * asked.plain + ["repaired"] + ["distilled"] * bool(asked.distill)
+            models = [] if asked.memory else models
             for model in models:
                 row[model] = kept(case, Path(folder) / f"{model}.onnx", asked.kit)
             goal = WANTED.get((case, float(share)))
@@ -134,9 +141,10 @@ def prune(case: str, share: str, asked: argparse.Namespace) -> Row:
     clock.append((time.monotonic(), time.process_time()))
     smaller, left = cut(model, analysis, chosen.remove)
     onnx.save(smaller, asked.child / "plain.onnx")
-    rows = compensate(model, smaller, left, feeds, silent)
+    rows = compensate(model, smaller, left, lambda: with_variants(feeds(), asked.vary), silent)
     clock.append((time.monotonic(), time.process_time()))
     onnx.save(smaller, asked.child / "repaired.onnx")
+    taught = trained(model, smaller, left, feeds, asked) if asked.distill else {}
     params = [sum(int(np.prod(t.dims)) for t in m.graph.initializer) for m in (smaller, model)]
     spent = [[round(b - a, 1) for a, b in zip(*pair, strict=True)]
              for pair in itertools.pairwise(clock)]  # fmt: skip
@@ -144,6 +152,7 @@ def prune(case: str, share: str, asked: argparse.Namespace) -> Row:
         "macs": round(chosen.share, 4),
         "params": round(params[0] / params[1], 4),
         "samples": asked.samples,
+        "vary": asked.vary,
         "repaired_layers": sum(not r["reason"] for r in rows),
         "plain_layers": sum(bool(r["reason"]) for r in rows),
         "scoring_s": spent[0][0],
@@ -151,6 +160,27 @@ def prune(case: str, share: str, asked: argparse.Namespace) -> Row:
         "compensation_s": spent[1][0],
         "compensation_cpu_s": spent[1][1],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        **taught,
+    }
+
+
+def trained(
+    model: onnx.ModelProto, smaller: onnx.ModelProto, left: Any, feeds: Any, asked: Any
+) -> Row:
+    """Distil the compensated model; writes distilled.onnx. How that went."""
+    from edgewright.recover.distill import distill
+
+    clock = time.monotonic(), time.process_time()
+    settings = Distillation(**json.loads(asked.distill))
+    told = distill(model, smaller, feeds, settings, kept=left)
+    onnx.save(smaller, asked.child / "distilled.onnx")
+    return {
+        "distance": [round(told[k]["distance"], 4) for k in ("start", "best")],
+        "solver": told["solver"],
+        "best_step": f"{told['best_step']} of {told['steps']}",
+        "rate": told["rate"],
+        "training_s": round(time.monotonic() - clock[0]),
+        "training_cpu_s": round(time.process_time() - clock[1]),
     }
 
 

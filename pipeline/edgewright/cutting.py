@@ -116,10 +116,11 @@ def widths_of(work: Work, weakness: float, power: float = 1.0) -> dict[str, floa
 
 def judged(work: Work, found: Pruned) -> onnx.ModelProto:
     """What the metric is asked about: the cut model, compensated if the recipe has [recover]
-    and nothing was trained before the cut."""
+    and nothing was trained before the cut. Without varied samples: it is asked often."""
     settings = work.job.recipe.recover
     if settings is None or work.settings.soft:
         return found.model
+    settings = replace(settings, vary=0)
     repaired, kept = cut(work.model, work.analysis, found.removed)
     compensate(
         work.model,

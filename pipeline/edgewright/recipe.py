@@ -207,12 +207,15 @@ class RecoverSettings:
 
     method: compensate = least squares from calibration inputs, no labels, no torch; distill =
     that, then training by the original's own answers on the same inputs (needs torch). samples:
-    calibration samples to read for the first. labels: an .npy of whole numbers, one for each
-    calibration sample; read where `distill.hard` is above 0, and by the criteria taylor and fisher.
+    calibration samples to read for the first. vary: changed copies of each (see
+    `recover.variants`) that it is fitted on as well where there are at most FEW. labels: an .npy of
+    whole numbers, one for each calibration sample; read where `distill.hard` is above 0, and by the
+    criteria taylor and fisher.
     """
 
     method: Literal["compensate", "distill"] = "compensate"
     samples: int = 64
+    vary: int = 3
     labels: str = ""
     distill: Distillation = Distillation()
 
@@ -349,6 +352,10 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             f"{where}: recover.samples",
             expected="at least 2",
             found=str(recipe.recover.samples),
+        )
+    if recipe.recover is not None and not 0 <= recipe.recover.vary <= 100:
+        raise BadInput(
+            f"{where}: recover.vary", expected="0 to 100", found=str(recipe.recover.vary)
         )
     if recipe.recover is not None and recipe.recover.distill.hard > 0 and not recipe.recover.labels:
         raise BadInput(

@@ -25,7 +25,7 @@ from edgewright.recover.compensate import compensate
 from edgewright.recover.truth import truth_of
 from edgewright.stage import Job, Report
 
-Whole = Callable[[], onnx.ModelProto] | None
+Start = Callable[[bool], onnx.ModelProto] | None
 
 
 def run(job: Job) -> Report:
@@ -35,9 +35,11 @@ def run(job: Job) -> Report:
     original = untie(graph.load(job.models.get("simplify", job.models["export"])))
     graph.name_nodes(original)
     report: dict[str, Any] = {"notes": [], "method": settings.method, "layers": []}
-    model, kept, whole = repaired(job, settings, original, pruned, report)
+    model, kept, start = repaired(job, settings, original, pruned, report)
     if settings.method == "distill":
-        report["distillation"] = distilled(job, settings, original, model, kept, whole)
+        report["distillation"] = distilled(job, settings, original, model, kept, start)
+    elif start is not None:
+        model = start(True)
     graph.save(model, job.output_model())
     return {**report, "model": graph.summary(job.output_model())}
 
@@ -48,10 +50,9 @@ def repaired(
     original: onnx.ModelProto,
     pruned: onnx.ModelProto,
     report: Report,
-) -> tuple[onnx.ModelProto, Kept, Whole]:
-    """The pruned model, compensated, and what was kept; as it is where nothing was cut.
-
-    Last, what compensates it on all samples, those too that training is judged by.
+) -> tuple[onnx.ModelProto, Kept, Start]:
+    """The pruned model and what was kept. Last, what compensates it, on all samples or on those
+    that training is not judged by; None where there is nothing to compensate.
     """
     analysis = analyse(original)
     removed = removed_units(pruned, analysis)
@@ -74,7 +75,9 @@ def repaired(
         return unmarked(pruned), kept, None
     specs = graph.input_specs(original)
 
-    def fitted(student: onnx.ModelProto, some: RecoverSettings) -> None:
+    def start(every: bool) -> onnx.ModelProto:
+        student, _ = cut(original, analysis, removed)
+        some = replace(settings, method="compensate") if every else settings
         report["layers"] = compensate(
             original,
             student,
@@ -83,14 +86,9 @@ def repaired(
             job.tell,
             job.folder,
         )
-
-    def whole() -> onnx.ModelProto:
-        student, _ = cut(original, analysis, removed)
-        fitted(student, replace(settings, method="compensate"))
         return student
 
-    fitted(model, settings)
-    return model, kept, whole
+    return model, kept, start
 
 
 def trained(sliced: onnx.ModelProto, pruned: onnx.ModelProto) -> bool:
@@ -108,11 +106,11 @@ def distilled(
     original: onnx.ModelProto,
     model: onnx.ModelProto,
     kept: Kept,
-    whole: Whole,
+    start: Start,
 ) -> Report:
     """Train the model in place by the original's answers; how that went.
 
-    whole: gives the start of the last training, which sees all samples; see `recover.distill`.
+    start: gives the compensated model that training begins at; see `recover.distill`.
 
     Raises EnvironmentMissing where torch is not installed.
     """
@@ -127,7 +125,7 @@ def distilled(
         lambda: samples(job.recipe, specs, settings.distill.samples),
         settings.distill,
         kept=kept,
-        whole=whole,
+        start=start,
         labels=truth_of(job.recipe),
         folder=job.unfinished,
         tell=job.tell,

@@ -1,5 +1,7 @@
 """Learning from few samples: coordinates, the descent in them, and the samples made of others."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -17,7 +19,6 @@ from edgewright.recover.executor import to_module  # noqa: E402
 from edgewright.recover.lesson import make_lesson  # noqa: E402
 from edgewright.recover.newton import descend  # noqa: E402
 from edgewright.recover.training import Schedule, Score  # noqa: E402
-from edgewright.recover.variants import stretched, variants  # noqa: E402
 
 GRAPH = """<ir_version: 8, opset_import: ["" : 18]> g (float[N,3,12,12] x) => (float[N,5] y) {
     a = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (x, w1, b1) r = Relu (a)
@@ -31,8 +32,6 @@ SHAPES = {
     "w4": (6, 7), "b4": (7,), "s5": (7,), "b5": (7,), "w6": (5, 7), "b6": (5,),
 }  # fmt: skip
 FEW = Distillation(threads=1, temperature=1.0, steps=40, vary=0)  # 26 passes over 24 pictures
-
-ROOM = 1 << 20  # bytes
 
 
 def net(noise: float = 0.0) -> onnx.ModelProto:
@@ -49,6 +48,11 @@ def net(noise: float = 0.0) -> onnx.ModelProto:
 def pictures(count: int = 30):
     rng = np.random.default_rng(2)
     return [{"x": rng.normal(0.5, 1, (1, 3, 12, 12)).astype("f")} for _ in range(count)]
+
+
+def fitted(every: bool) -> onnx.ModelProto:
+    """A student nearer to the original where it was fitted on all samples."""
+    return net(0.12 if every else 0.15)
 
 
 def coordinates_of(model: onnx.ModelProto):
@@ -196,7 +200,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
 def test_what_held_out_samples_have_shown_is_done_again_with_all_of_them():
     first, second = net(0.15), net(0.15)
     distill(net(), first, pictures, FEW)
-    report = distill(net(), second, pictures, FEW, whole=lambda: net(0.12))
+    report = distill(net(), second, pictures, FEW, start=fitted)
     again = report["with all samples"]
     assert again["samples"] == 30 and again["steps"] == report["best_step"]
     assert again["loss after"] < 0.5 * again["loss before"]
@@ -208,8 +212,8 @@ def test_what_held_out_samples_have_shown_is_done_again_with_all_of_them():
 
 
 def test_where_training_gains_nothing_what_was_fitted_on_all_samples_is_the_result():
-    student, still = net(0.15), Distillation(threads=1, steps=2, rate=1e-12)
-    report = distill(net(), student, pictures, still, whole=lambda: net(0.12))
+    student, still = net(0.15), Distillation(threads=1, steps=2, rate=1e-12, vary=0)
+    report = distill(net(), student, pictures, still, start=fitted)
     assert report["best_step"] == 0 and report["with all samples"]["steps"] == 0
     assert student.SerializeToString() == net(0.12).SerializeToString()
 
@@ -223,52 +227,31 @@ def test_newton_is_refused_where_it_cannot_be_and_left_out_where_other_settings_
         assert distill(net(), net(0.1), pictures, free)["solver"] == "adam"
 
 
-def test_varied_samples_keep_shape_and_range_and_are_the_same_every_time():
-    samples = pictures(6)
-    found, again = variants(samples, 12, 0, ROOM), variants(samples, 12, 0, ROOM)
-    assert len(found) == 12
-    for new, same, old in zip(found, again, samples * 2, strict=True):
-        assert new["x"].shape == old["x"].shape and new["x"].dtype == np.float32
-        assert np.array_equal(new["x"], same["x"]) and not np.array_equal(new["x"], old["x"])
-        assert new["x"].min() >= min(s["x"].min() for s in samples)
-        assert new["x"].max() <= max(s["x"].max() for s in samples)
-    assert not np.array_equal(variants(samples, 12, 1, ROOM)[0]["x"], found[0]["x"])
-    assert variants([{"v": np.ones((1, 7), "f")}], 5, 0, ROOM) == []  # numbers without places
-
-
-def test_token_samples_are_joined_the_same_way_in_all_inputs():
-    samples = [
-        {"ids": np.arange(100 * k, 100 * k + n)[None], "mask": np.full((1, n), k)}
-        for k, n in ((1, 6), (2, 9), (3, 4))
-    ]
-    for k, new in enumerate(variants(samples, 9, 0, ROOM)):
-        old = samples[k % 3]
-        assert new["ids"].shape == old["ids"].shape
-        kinds = new["mask"][0]
-        assert np.array_equal(new["ids"][0] // 100, kinds) and kinds[0] == k % 3 + 1
-        end = samples[kinds[-1] - 1]["ids"][0, -1]
-        assert new["ids"][0, -1] == end  # the end of a sample stays at the end
-
-
-def test_stretching_keeps_one_place_where_it_is():
-    line = np.arange(5, dtype=np.float32)[None, None]
-    assert stretched(line, 2, 2.0, 0.0).ravel().tolist() == [0, 0.5, 1, 1.5, 2]
-    assert stretched(line, 2, 0.5, 1.0).ravel().tolist() == [0, 0, 0, 2, 4]
-
-
-def test_distilling_with_varied_samples_judges_by_real_ones():
-    report = distill(net(), net(0.15), pictures, Distillation(threads=1, vary=2, steps=30))
-    assert report["samples"] == {"training": 72, "held out": 6}
+def test_varied_samples_are_learned_from_and_judged_by():
+    """With newton they are the same ones at every step. 6 samples are held out, 24 not."""
+    settings = Distillation(threads=1, vary=2, steps=30, solver="newton")
+    report = distill(net(), net(0.15), pictures, settings)
+    assert report["samples"] == {"training": 72, "held out": 18}
     assert report["best"]["distance"] < report["start"]["distance"]
 
 
-def test_what_cannot_be_varied_is_left_out_and_the_rest_is_not():
-    """A text of one token, and a batch of two, which is no sample."""
-    long, short = {"ids": np.arange(8)[None]}, {"ids": np.zeros((1, 1), int)}
-    pair = {"ids": np.zeros((2, 8), int)}
-    found = variants([long, short, pair], 9, 0, ROOM)
-    assert len(found) == 3 and all(new["ids"].shape == (1, 8) for new in found)
-    assert len(variants([long], 9, 0, 2 * long["ids"].nbytes)) == 2
+def test_samples_that_can_be_varied_without_end_are_learned_from_in_batches():
+    """From a start that was fitted on all, and no varied sample comes twice."""
+    settings = Distillation(threads=1, vary=2, steps=60, batch=12, rate=0.01)
+    student = net(0.15)
+    report = distill(net(), student, pictures, settings, start=fitted)
+    assert report["solver"] == "adam" and report["with all samples"] is None
+    nothing = distill(net(), net(0.12), pictures, replace(settings, steps=1, rate=1e-12))
+    assert report["start"] == nothing["start"]
+    assert report["best"]["distance"] < 0.5 * report["start"]["distance"]
+    seen: list[int] = []
+    lesson, _ = make_lesson(net(), to_module(student), student, pictures(), settings, {}, None)
+    lesson.gradient = lambda rows, mix: seen.extend(rows) or 0.0
+    for step in range(12):  # two passes over 24 samples and 48 varied ones
+        lesson.backward(step, np.random.default_rng(0))
+    real, made = [k for k in seen if k < 30], [k for k in seen if k >= 30]
+    assert sorted(real) == sorted(2 * lesson.train[:24])
+    assert len(made) == len(set(made)) == 96 and not set(made) & set(lesson.held)
 
 
 def test_layers_that_no_coordinates_are_made_for_are_trained_all_the_same():
@@ -289,8 +272,7 @@ def test_layers_that_no_coordinates_are_made_for_are_trained_all_the_same():
                 onnx.numpy_helper.from_array(np.float32(scale) * v, n) for n, v in stored.items()
             )
         feeds = [{"x": rng.normal(size=shape).astype("f")} for _ in range(20)]
-        report = distill(
-            teacher, student, lambda feeds=feeds: feeds, Distillation(threads=1, steps=20)
-        )
+        settings = Distillation(threads=1, steps=20, solver="newton")
+        report = distill(teacher, student, lambda feeds=feeds: feeds, settings)
         assert report["solver"] == "newton"
         assert report["best"]["distance"] < 0.5 * report["start"]["distance"]

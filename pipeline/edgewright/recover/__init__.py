@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from edgewright.data import Feed
 from edgewright.errors import EnvironmentMissing
 from edgewright.recipe import HOLD, RecoverSettings
+from edgewright.recover.variants import with_variants
 
 
 @contextmanager
@@ -25,11 +26,12 @@ def needs_torch(what: str, otherwise: str) -> Iterator[None]:
 
 
 def fitting(settings: RecoverSettings, feeds: Iterable[Feed]) -> Iterator[Feed]:
-    """The samples that compensation is fitted on: not those that training is judged by.
+    """The samples that compensation is fitted on, and variants of them: not those that training
+    is judged by.
 
     On samples it was fitted on the start looks nearer to the original than it is, and early
     stopping would keep it.
     """
-    for k, feed in enumerate(feeds):
-        if settings.method != "distill" or k % HOLD != HOLD - 1:
-            yield feed
+    held = settings.method == "distill"
+    mine = (feed for k, feed in enumerate(feeds) if not held or k % HOLD != HOLD - 1)
+    return with_variants(mine, settings.vary)

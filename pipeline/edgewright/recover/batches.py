@@ -149,7 +149,8 @@ def longer_axis(one: tuple[int, ...], two: tuple[int, ...]) -> int | None:
 class Pair:
     """Student and teacher side by side on the same samples.
 
-    wanted: (student's tensor, teacher's tensor) pairs that `both` returns.
+    wanted: (student's tensor, teacher's tensor) pairs that `both` returns. feeds: what rows are
+    numbers in. samples: some of them, to see how they stack (default: all).
     """
 
     def __init__(
@@ -157,14 +158,16 @@ class Pair:
         student: Student,
         teacher: Teacher,
         wanted: Sequence[tuple[str, str]],
-        feeds: list[Feed],
+        feeds: Sequence[Feed],
+        samples: Sequence[Feed] | None = None,
     ) -> None:
         self.student, self.teacher, self.feeds = student, teacher, feeds
         self.mine, self.theirs = [a for a, _ in wanted], [b for _, b in wanted]
-        axes = stacking(self.run_student, feeds)
+        samples = feeds if samples is None else samples
+        axes = stacking(self.run_student, samples)
         self.stacked = axes is not None
         self.axes = axes or [0] * len(self.mine)
-        self.teacher_stacked = self.stacked and stacking(self.run_teacher, feeds) == axes
+        self.teacher_stacked = self.stacked and stacking(self.run_teacher, samples) == axes
         self.known: dict[tuple[int, ...], list[np.ndarray]] = {}
         self.room = MEMORY
 
@@ -226,11 +229,13 @@ class Pair:
         return [np.concatenate(rows, axis) for axis, *rows in values]
 
 
-def rows_of_step(train: Sequence[int], batch: int, step: int, seed: int) -> list[int]:
-    """The samples of a step: all of them once in a new order, then again in another."""
+def rows_of_step(train: Sequence[int], batch: int, step: int, seed: int) -> list[tuple[int, int]]:
+    """The samples of a step: all of them once in a new order, then again in another; with each
+    how often all were seen before."""
     count = len(train)
-    rows = []
-    for place in range(step * batch, (step + 1) * batch):
-        order = np.random.default_rng([seed, 1, place // count]).permutation(count)
-        rows.append(train[order[place % count]])
+    rows: list[tuple[int, int]] = []
+    for epoch in range(step * batch // count, ((step + 1) * batch - 1) // count + 1):
+        order = np.random.default_rng([seed, 1, epoch]).permutation(count)
+        begin, end = step * batch - epoch * count, (step + 1) * batch - epoch * count
+        rows += [(train[k], epoch) for k in order[max(0, begin) : max(0, end)]]
     return rows

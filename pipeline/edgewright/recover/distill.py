@@ -20,6 +20,7 @@ from edgewright.recover.lesson import Lesson, make_lesson
 from edgewright.recover.newton import descend, follow
 from edgewright.recover.rounding import rounding_of
 from edgewright.recover.training import CHECKPOINT, Outcome, Schedule, fit, repeatable
+from edgewright.recover.variants import variable
 from edgewright.stage import Tell, say_nothing
 
 FEWEST_PASSES = 4  # of newton over the samples, however few `steps` are
@@ -32,7 +33,7 @@ def distill(
     settings: Distillation,
     *,
     kept: Mapping[tuple[str, int], np.ndarray] = {},
-    whole: Callable[[], onnx.ModelProto] | None = None,
+    start: Callable[[bool], onnx.ModelProto] | None = None,
     labels: np.ndarray | None = None,
     folder: Path | None = None,
     tell: Tell = say_nothing,
@@ -45,20 +46,22 @@ def distill(
     sample in the order of `feeds`, read only where `settings.hard` is above 0. folder: for the
     checkpoint; a run that was killed goes on from there and ends with the same bytes.
 
-    whole: gives the student's graph with weights that were fitted on the held-out samples, too.
-    What those have shown to be good is then done again from there, with all samples (newton), or
-    this is the result where training gained nothing. With `minutes` that is left out where more
-    than half of them are gone: it may take as long again.
+    start: gives the student's graph with weights that were fitted on all samples (True), or on
+    those that training does not hold out. Training that sees no varied sample twice goes from the
+    former, and is judged by varied samples as well. All other begins at the latter. What held-out
+    samples have shown to be good is then done again with all, from the former (newton), or this
+    is the result where training gained nothing. With `minutes` that is left out where more than
+    half of them are gone: it may take as long again.
 
-    Without `whole` the result is never farther from the teacher on held-out samples than the
-    start; with it no sample is left to judge by. Raises BadInput for operators without gradients,
-    outputs that differ, and too few samples.
+    The result is never farther from the teacher on held-out samples than the start, but where it
+    was done again with all: no sample is left to judge that by. Raises BadInput for operators
+    without gradients, outputs that differ, and too few samples.
     """
 
     def hooks(weights: Mapping[str, torch.nn.Parameter]) -> Hooks:
         return None, zeros_kept(weights) if settings.keep_zeros else None
 
-    return train(teacher, student, feeds, settings, kept=kept, whole=whole, labels=labels,
+    return train(teacher, student, feeds, settings, kept=kept, start=start, labels=labels,
                  hooks=hooks, keep="best", folder=folder, tell=tell)  # fmt: skip
 
 
@@ -74,7 +77,7 @@ def train(
     settings: Distillation,
     *,
     kept: Mapping[tuple[str, int], np.ndarray] = {},
-    whole: Callable[[], onnx.ModelProto] | None = None,
+    start: Callable[[bool], onnx.ModelProto] | None = None,
     labels: np.ndarray | None = None,
     hooks: Callable[[Mapping[str, torch.nn.Parameter]], Hooks],
     keep: Literal["best", "last"] = "last",
@@ -89,6 +92,12 @@ def train(
     """
     samples, note = take_samples(feeds(), settings.samples)
     graph = student if isinstance(student, onnx.ModelProto) else None
+    against = against_newton(settings, keep, graph, samples)
+    if against and settings.solver == "newton":
+        raise BadInput("recover.distill.solver newton", found=against, hint='use "adam"')
+    from_all = bool(against) and variable(samples, settings.vary)
+    if graph is not None and start is not None:
+        graph.CopyFrom(start(from_all))
     with repeatable(settings.threads):
         pupil: Student = to_module(student) if isinstance(student, onnx.ModelProto) else student
         lesson, notes = make_lesson(teacher, pupil, graph, samples, settings, kept, labels)
@@ -102,9 +111,6 @@ def train(
             pupil.rounding = rounding_of(graph, pupil, samples)
         lesson.penalty, after = hooks(pupil.weights)
         digest, schedule = digest_of(samples, *parts), schedule_of(settings)
-        against = against_newton(settings, keep, lesson, pupil)
-        if against and settings.solver == "newton":
-            raise BadInput("recover.distill.solver newton", found=against, hint='use "adam"')
         if graph is None or not isinstance(pupil, GraphModule) or against:
             solver = "adam"
             outcome = fit(pupil.weights, lesson.backward, lesson.measure, schedule, digest=digest,
@@ -120,13 +126,14 @@ def train(
         again = None
         if (
             graph is not None
-            and whole is not None
+            and start is not None
+            and not from_all
             and (solver == "newton" or not outcome.best_step)
         ):
             if settings.minutes and outcome.best_step and outcome.seconds > 30 * settings.minutes:
                 notes.append("no time was left to train with the held-out samples, too")
             else:
-                graph.CopyFrom(whole())
+                graph.CopyFrom(start(True))
                 again = repeat(teacher, graph, samples, settings, kept, labels, outcome, tell)
         if folder is not None:
             (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -157,20 +164,23 @@ def repeat(
     return {"samples": len(samples), **found}
 
 
-def against_newton(settings: Distillation, keep: str, lesson: Lesson, student: Student) -> str:
-    """Why all samples are not seen at every step, "" where they are."""
+def against_newton(
+    settings: Distillation, keep: str, graph: onnx.ModelProto | None, samples: list[Feed]
+) -> str:
+    """Why not all samples are seen at every step, "" where they are."""
     if settings.solver == "adam":
         return "adam is asked for"
     reasons = {
-        "the student is no ONNX graph": not isinstance(student, GraphModule),
-        "a loss that changes from step to step": keep == "last" or lesson.penalty is not None,
+        "the student is no ONNX graph": graph is None,
+        "a loss that changes from step to step": keep == "last",
         "weights that are rounded in training": settings.quantized,
         "weights that are to stay zero": settings.keep_zeros,
     }
     if settings.solver == "auto":
         reasons |= {
             "a rate is given": settings.rate > 0,
-            f"more than {FEW} samples": len(lesson.train) + len(lesson.held) > FEW,
+            f"more than {FEW} samples": len(samples) > FEW,
+            "samples that can be varied without end": variable(samples, settings.vary),
         }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

@@ -13,7 +13,6 @@ from edgewright.errors import BadInput
 from edgewright.recipe import FEW, HOLD, Distillation
 from edgewright.recover import losses
 from edgewright.recover.batches import (
-    MEMORY,
     Pair,
     Student,
     Teacher,
@@ -23,7 +22,7 @@ from edgewright.recover.batches import (
 from edgewright.recover.losses import Target
 from edgewright.recover.ops import Tensor
 from edgewright.recover.training import Score
-from edgewright.recover.variants import variants
+from edgewright.recover.variants import Grown, make_pool, variable
 
 MOST_HARD = 0.3
 
@@ -138,6 +137,7 @@ class Lesson:
     train: list[int]
     held: list[int]
     real: int  # samples; those behind are varied ones
+    made: int  # varied ones that are trained on in one pass; the next may take others
     penalty: Callable[[int], Tensor] | None = None
 
     def values(
@@ -161,8 +161,9 @@ class Lesson:
         return mine, theirs
 
     def backward(self, step: int, rng: np.random.Generator) -> float:
-        """Add the gradient of one step; its loss."""
-        rows = rows_of_step(self.train, self.settings.batch, step, self.settings.seed)
+        """Add the gradient of one step; its loss. No varied sample comes twice."""
+        drawn = rows_of_step(self.train, self.settings.batch, step, self.settings.seed)
+        rows = [k + epoch * self.made if k >= self.real else k for k, epoch in drawn]
         total = self.gradient(rows, rng if self.settings.mix and step % 2 else None)
         if self.penalty is not None:
             more = self.penalty(step)
@@ -295,21 +296,21 @@ def make_lesson(
         run = teacher
     held = list(range(HOLD - 1, len(feeds), HOLD))
     train = [k for k in range(len(feeds)) if k % HOLD != HOLD - 1]
-    more: list[Feed] = []
-    if settings.vary and len(feeds) <= FEW:
-        room = MEMORY - sum(v.nbytes for feed in feeds for v in feed.values())
-        asked = settings.vary * len(train)
-        more = variants([feeds[k] for k in train], asked, settings.seed, room)
-        if not more:
-            notes.append("no varied samples: no input is a sample with places, or whole numbers")
-        elif len(more) < asked:
-            notes.append(f"{len(more)} varied samples instead of {asked}: too large, or alike")
-    pair = Pair(student, run, [(m.student, m.teacher) for m in matches], [*feeds, *more])
+    pools = [make_pool([feeds[k] for k in rows], settings.seed) for rows in (held, train)]
+    vary = settings.vary if variable(feeds, settings.vary) else 0
+    if settings.vary and not vary and len(feeds) <= FEW:
+        notes.append("no varied samples: no input is a sample with places, or whole numbers")
+    made = [vary * len(pool.bases) for pool in pools]
+    grown = Grown(feeds, pools[0], made[0], pools[1])
+    pair = Pair(student, run, [(m.student, m.teacher) for m in matches], grown, feeds)
+    held += range(len(feeds), len(feeds) + made[0])
+    train += range(len(feeds) + made[0], len(feeds) + sum(made))
     if not pair.stacked:
         notes.append("the graph takes one sample at a time: gradients of a batch are added up")
     if labels is not None and len(labels) < len(feeds):
         raise BadInput("labels", expected=f"one for each of {len(feeds)} samples",
                        found=str(len(labels)))  # fmt: skip
-    train += range(len(feeds), len(feeds) + len(more))
-    lesson = Lesson(pair, matches, targets, kept, settings, labels, train, held, len(feeds))
+    lesson = Lesson(
+        pair, matches, targets, kept, settings, labels, train, held, len(feeds), made[1]
+    )
     return lesson, [*notes, *drop_unlike(lesson)]

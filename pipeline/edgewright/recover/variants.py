@@ -7,12 +7,18 @@ ones, what lies along an axis is stretched, values grow, shrink and shift. Numbe
 things (tokens) are joined, the beginning of one sample and the end of another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from edgewright.data import Feed
+from edgewright.recipe import FEW, HOLD
 
+MEMORY = 512 << 20  # bytes of samples kept to make others of
+LATELY = 32  # variants kept for who asks for them again soon
+ENDLESS = 1 << 40
 PIECE = (0.25, 0.75)  # share of an axis that comes from another sample
 STRETCH = (0.8, 1.25)
 CONTRAST = (0.6, 1.3)
@@ -20,33 +26,93 @@ SHIFT = 0.3  # at most, in standard deviations of the sample
 OFTEN = 0.5  # chance of a piece, of a change of values, and of a whole cross-section
 
 
-def variants(samples: Sequence[Feed], count: int, seed: int, room: int) -> list[Feed]:
-    """New feeds with the shapes of the samples they start from, in their order, `count` at most.
+@dataclass(frozen=True)
+class Pool:
+    """Samples to make others of. bases: those that can be varied. alike: values of an input of one
+    shape, by both; ends: the least and the largest number in them. seed: of all that is drawn."""
 
-    Fewer where they would take more than `room` bytes, or where a sample has no input that can be
-    varied.
-    """
-    found: list[Feed] = []
-    pools: dict[tuple[str, tuple[int, ...]], list[np.ndarray]] = {}
+    samples: Sequence[Feed]
+    bases: Sequence[Feed]
+    alike: dict[tuple[str, tuple[int, ...]], list[np.ndarray]]
+    ends: dict[tuple[str, tuple[int, ...]], tuple[float, float]]
+    seed: int
+
+    def variant(self, number: int) -> Feed:
+        """A new feed, always the same one, with the shapes of base `number` modulo their count."""
+        rng = np.random.default_rng([self.seed, 2, number])
+        feed = self.bases[number % len(self.bases)]
+        if whole(feed):
+            return joined(feed, self.samples, rng)
+        new = dict(feed)
+        for name, value in feed.items():
+            if spatial(value):
+                key = name, value.shape
+                new[name] = varied(value, self.alike[key], self.ends[key], rng)
+        return new
+
+
+def make_pool(samples: Sequence[Feed], seed: int) -> Pool:
+    """What variants of these samples are made of; no bases where none can be varied."""
+    alike: dict[tuple[str, tuple[int, ...]], list[np.ndarray]] = {}
     for sample in samples:
         for name, value in sample.items():
             if spatial(value):
-                pools.setdefault((name, value.shape), []).append(value)
-    ends = {key: (min(v.min() for v in p), max(v.max() for v in p)) for key, p in pools.items()}
-    for k in range(count if samples else 0):
-        rng = np.random.default_rng([seed, 2, k])
-        feed = samples[k % len(samples)]
-        new = joined(feed, samples, rng) if whole(feed) else feed
-        for name, value in feed.items():
-            if (key := (name, value.shape)) in pools and spatial(value):
-                new = {**new, name: varied(value, pools[key], ends[key], rng)}
-        if new is feed:
-            continue
-        room -= sum(value.nbytes for value in new.values())
-        if room < 0:
-            break
-        found.append(new)
-    return found
+                alike.setdefault((name, value.shape), []).append(value)
+    ends = {k: (min(v.min() for v in p), max(v.max() for v in p)) for k, p in alike.items()}
+    return Pool(samples, [s for s in samples if can_vary(s)], alike, ends, seed)
+
+
+def with_variants(feeds: Iterable[Feed], vary: int, seed: int = 0) -> Iterator[Feed]:
+    """The feeds, then `vary` variants of each: of none where there are more than FEW or MEMORY.
+
+    Who judges what was learned from every other sample by the rest goes on doing so: in even
+    places stands what was made of samples in even places.
+    """
+    kept: list[Feed] | None = [] if vary else None
+    count = size = 0
+    for feed in feeds:
+        count += 1
+        size += sum(value.nbytes for value in feed.values())
+        if kept is not None and count <= FEW and size <= MEMORY:
+            kept.append(feed)
+        else:
+            kept = None
+        yield feed
+    pools = [make_pool(part, seed) for part in ((kept or [])[::2], (kept or [])[1::2])]
+    if all(pool.bases for pool in pools):
+        for number in range(vary * min(len(pool.bases) for pool in pools)):
+            yield pools[count % 2].variant(number)
+            yield pools[1 - count % 2].variant(number)
+
+
+def variable(samples: Sequence[Feed], vary: int) -> bool:
+    """Whether variants can be made of the samples that training holds out, and of the others."""
+    held = [can_vary(s) for s in samples[HOLD - 1 :: HOLD]]
+    rest = [can_vary(s) for k, s in enumerate(samples) if k % HOLD != HOLD - 1]
+    return vary > 0 and len(samples) <= FEW and any(held) and any(rest)
+
+
+def can_vary(sample: Feed) -> bool:
+    return whole(sample) or any(spatial(value) for value in sample.values())
+
+
+class Grown(Sequence[Feed]):
+    """Samples, behind them some variants of one pool, behind those endless ones of another."""
+
+    def __init__(self, samples: Sequence[Feed], some: Pool, limit: int, more: Pool) -> None:
+        self.samples, self.some, self.limit, self.more = samples, some, limit, more
+        self.made = lru_cache(LATELY)(self.make)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, place: int) -> Feed:  # type: ignore[override]
+        number = place - len(self.samples)
+        return self.samples[place] if number < 0 else self.made(number)
+
+    def make(self, number: int) -> Feed:
+        some = number < self.limit
+        return self.some.variant(number) if some else self.more.variant(number - self.limit)
 
 
 def spatial(value: np.ndarray) -> bool:
