@@ -3,6 +3,8 @@
 import ast
 import hashlib
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -205,6 +207,32 @@ def test_keys_are_replaced_on_the_device(place, tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{old}: version 2\n"), done.stderr
     assert (tmp_path / "old").read_bytes() == (tmp_path / "next").read_bytes()
     assert device(place, "trust-update", old, str(tmp_path / "next")).returncode == 5
+
+
+def test_the_unit_in_the_docs_marks_good_what_still_runs(place, tmp_path):
+    """systemd runs ExecStartPost to its end, whatever became of the service meanwhile."""
+    root = tmp_path / "root"
+    install(place / "s1.bundle.tar", root, Wish(allow_unsigned=True, self_test=False))
+    text = (Path(__file__).parents[2] / "docs/device.md").read_text()
+    (line,) = (row for row in text.splitlines() if row.startswith("ExecStartPost="))
+    script = shlex.split(line)[-1]
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid, good in ((dead.pid, False), (os.getpid(), True)):
+        here = {
+            "sleep 30": "true",
+            "${MAINPID}": str(pid),
+            "/usr/bin/python3": sys.executable,
+            "/opt/edgewright-device.pyz": str(place / "device.pyz"),
+            "/opt/keyword": str(root),
+        }
+        words = script
+        for old, new in here.items():
+            assert old in words, old
+            words = words.replace(old, new)
+        done = subprocess.run(["/bin/sh", "-c", words], capture_output=True, check=False)
+        assert (done.returncode == 0) == good, done.stderr
+        assert starts.status(root)["current"]["good"] == good
 
 
 def test_golden_vectors_in_the_single_file(place):
