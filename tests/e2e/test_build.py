@@ -291,10 +291,13 @@ def test_a_baseline_that_proves_nothing_never_passes(tmp_path, built, edgewright
     data = bytearray(bundle.read_bytes())
     data[len(data) // 2] ^= 1
     broken.write_bytes(data)
+    warns = recipe.with_name("warns.toml")
+    warns.write_text(RECIPE + '\n[gate.tolerance]\ninconclusive = "warn"\n')
     for baseline in (broken, tmp_path / "absent.bundle.tar"):
-        words = ("build", recipe, "--target", "cpu", "--out", tmp_path / "out")
-        ran = edgewright(*words, "--baseline", baseline)
-        assert ran.code == 4, ran.err
+        for one in (recipe, warns):  # the policy is about evidence, not about a wrong path
+            words = ("build", one, "--target", "cpu", "--out", tmp_path / "out")
+            ran = edgewright(*words, "--baseline", baseline)
+            assert ran.code == 4, ran.err
 
 
 def test_a_baseline_of_another_model_is_refused(tmp_path, built, edgewright):

@@ -67,7 +67,10 @@ def build(
         results.append(build_one(recipe, target, out, cache, baseline, keys))
         if not as_json and results[-1]["report"]:
             console.stderr.print(text.summary(results[-1]["report"]))
-    warned = [only_warns(recipe.gate.tolerance, target.tolerance) for target in targets]
+    warned = [
+        only_warns(recipe.gate.tolerance, target.tolerance) and not lost_baseline(result)
+        for target, result in zip(targets, results, strict=True)
+    ]
     for result, warns in zip(results, warned, strict=True):
         if result["verdict"] == "INCONCLUSIVE" and warns:
             result["exit_code"] = 0
@@ -180,6 +183,11 @@ def build_one(
         "signers": signed,
         "report": report,
     }
+
+
+def lost_baseline(result: dict[str, Any]) -> bool:
+    """Whether a baseline was named and could not be used, which no policy may wave through."""
+    return (result["report"] or {}).get("baseline") == {}
 
 
 def draw_past(result: dict[str, Any], past: dict[str, Any]) -> None:
