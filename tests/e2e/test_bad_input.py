@@ -35,6 +35,9 @@ def assert_refused(ran: Ran, code: int, *texts: str) -> None:
         ("build", "recipe.toml"),
         ("build", "recipe.toml", "--target", "cpu", "--fast"),
         ("quantize", "model.onnx"),
+        # Options that would say nothing here.
+        ("verify", "x.bundle.tar", "--target", "arm"),
+        ("self-test", "--root", ".", "--target", "arm"),
     ],
 )
 def test_usage(edgewright, words):

@@ -115,4 +115,8 @@ def test_refusals(edgewright, tmp_path: Path) -> None:
     assert edgewright("pool", tmp_path / "a.onnx", "-o", out).code == 2
     ran = edgewright("pool", tmp_path / "a.onnx", tmp_path / "c.onnx", "-o", out)
     assert ran.code == 3 and "c.onnx" in ran.err
+    files = (tmp_path / "a.onnx", tmp_path / "b.onnx")
+    for option in ("--name", "--target", "--sign"):
+        ran = edgewright("pool", *files, "-o", out, option, "x")
+        assert ran.code == 2 and "with bundles only" in ran.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "b.onnx"]

@@ -93,6 +93,8 @@ def verify(
     """
     from edgewright.device.verify import verified
 
+    if target_name and recipe_path is None:
+        raise UsageError("--target without --rebuild", hint="name the recipe with --rebuild")
     trust = trust_from(trusted, threshold, no_clock)
     found = verified(bundle_path, trust)
     if recipe_path is not None:
@@ -244,6 +246,12 @@ def pool(
         name = name or output.name.split(BUNDLE)[0]
         facts = {"name": name, "version": version, "sequence": sequence}
         report = bundles_pooled(models, output, target_name, key_names, facts)
+    elif name or sequence is not None or target_name or key_names:
+        raise UsageError(
+            "pool",
+            expected="--name, --sequence, --target and --sign with bundles only",
+            found="ONNX files",
+        )
     else:
         report = models_pooled(models, output)
     if as_json:

@@ -43,6 +43,8 @@ def self_test(
 
     if (bundle_path is None) == (root is None) or (root is None and rollback):
         raise UsageError("self-test", expected="either BUNDLE, or --root ROOT [--rollback]")
+    if bundle_path is None and target_name:
+        raise UsageError("--target with --root", expected="--target with BUNDLE only")
     if bundle_path is None:
         flags = [*(["--rollback"] if rollback else []), *(["--json"] if as_json else [])]
         emit(program.run(["self-test", "--root", str(root), *flags], "edgewright"))
