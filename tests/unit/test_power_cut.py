@@ -251,12 +251,13 @@ def test_a_rollback(place, releases):
     rng = random.Random(2)
     for name, act in (
         ("by hand", lambda root: starts.rollback(root)),
-        ("by starts", lambda root: starts.start_check(root, 0)),
+        ("by starts", lambda root: starts.start_check(root, 1)),
     ):
         disk = place / name
         disk.mkdir()
         for version in ("1.1", "1.2"):
             install(releases[version], disk / "root", QUICK)
+        starts.start_check(disk / "root")
         seen = record(disk, lambda root=disk / "root", act=act: act(root))
         for end in rng.choices(range(len(seen.changes) + 1), k=30):
             how = rng.choice(("free", "journal"))
