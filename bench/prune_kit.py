@@ -4,12 +4,14 @@
     python bench/prune_kit.py --kit ../shared/kit [CASE:SHARE ...] [--samples 64] [--json]
 
 Per row: the share of multiply-accumulates that remains, the metric kept by the plain slice and
-after compensation (scored by the kit's own tool), CPU and wall seconds of scoring and of
+after compensation (scored by the kit's own tool), the distance from the original on
+evaluation inputs, CPU and wall seconds of scoring and of
 compensation, peak memory of the process. More samples than the kit has are the same ones again:
 that shows memory, not quality.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import resource
@@ -33,6 +35,8 @@ from edgewright.prune.select import select
 from edgewright.recipe import Distillation, load_recipe
 from edgewright.recover.compensate import compensate
 from edgewright.recover.variants import with_variants
+from edgewright.runtime.local import open_local
+from edgewright.taps import expose
 
 WANTED = {  # of issue 4: case, share of work that remains, share of the metric to keep
     ("ppocrv4-rec", 0.66): 96,
@@ -41,6 +45,7 @@ WANTED = {  # of issue 4: case, share of work that remains, share of the metric 
     ("efficientnet-lite0", 0.8): 97,
     ("all-minilm-l6-v2", 0.7): 97,
 }
+LOOKED = 200  # runs on evaluation samples that distances are taken from
 Row = dict[str, Any]
 
 
@@ -92,6 +97,7 @@ def one_row(case: str, share: str, asked: argparse.Namespace) -> Row:
             models = [] if asked.memory else models
             for model in models:
                 row[model] = kept(case, Path(folder) / f"{model}.onnx", asked.kit)
+                row[f"{model}_distance"] = distance(case, Path(folder), model, asked.kit)
             goal = WANTED.get((case, float(share)))
             row["short"] = goal is not None and row.get("repaired", goal) < goal
     if not asked.json:
@@ -113,6 +119,36 @@ def kept(case: str, model: Path, kit: Path) -> float:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout)["retained_percent"])
+
+
+def distance(case: str, folder: Path, name: str, kit: Path) -> float:
+    """How far a model's first output is from the simplified original's (`recover.losses`), on what
+    the first evaluation samples are run with, in the mean."""
+    import torch
+
+    from edgewright.recover.losses import find_target, output_loss
+
+    spec = importlib.util.spec_from_file_location("score", kit / case / "score.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    models = [onnx.load(folder / f"{file}.onnx") for file in ("simple", name)]
+    target = find_target(models[0], models[0].graph.output[0].name)
+    plain = open_local(models[0].SerializeToString(), threads=1)
+    sessions = [
+        open_local(expose(m, [target.tensor]).SerializeToString(), threads=1) for m in models
+    ]
+    found: list[float] = []
+
+    def run(feed: Any) -> Any:
+        if len(found) < LOOKED:
+            theirs, mine = (torch.from_numpy(s.run(feed, [target.tensor])[0]) for s in sessions)
+            found.append(float(output_loss(target, mine, theirs, 1.0)))
+        return plain.run(feed, None)
+
+    with np.load(kit / case / "evaluation.npz") as data:
+        getattr(module, "per_sample", module.score)(run, data)
+    return round(float(np.mean(found)), 4)
 
 
 def prune(case: str, share: str, asked: argparse.Namespace) -> Row:
