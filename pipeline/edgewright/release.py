@@ -143,7 +143,8 @@ def refuse_strangers(
 def runtime_version(target: Target) -> str:
     """The version of onnxruntime that runs the target."""
     if target.run.how == "ssh":
-        return link.version(link.facts(target), "onnxruntime") or ""
+        found = link.package(link.facts(target), "onnxruntime")
+        return str(found["version"]) if found else ""
     return importlib.metadata.version("onnxruntime")
 
 

@@ -241,9 +241,7 @@ def test_no_file_can_hold_what_openvino_compiled(model, openvino, tmp_path):
 
 def test_the_lock_names_what_ran(openvino):
     names = {
-        f"{one.name} {one.version}"
-        for one in packages.packages(openvino, "")
-        if one.name != "numpy"
+        f"{one.name} {one.version}" for one in packages.packages(openvino) if one.name != "numpy"
     }
     assert names == set(providers.runtime_packages(openvino))
 

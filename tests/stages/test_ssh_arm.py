@@ -7,12 +7,14 @@ guest; so what comes back over SSH is what ARM code computed.
 import dataclasses
 import json
 import shlex
+import tarfile
 
 import numpy as np
 import pytest
 from conftest import write_tiny
 from loopback import loopback
 
+from edgewright.bundle import packages
 from edgewright.errors import DeviceUnavailable, EnvironmentMissing
 from edgewright.runtime import emulator, guest
 from edgewright.runtime.launch import open_on_target
@@ -73,6 +75,26 @@ def test_a_board_passes_the_whole_build(built):
     assert stages["measure"]["emulated"] and stages["measure"]["host"]["arch"] == "aarch64"
     assert stages["measure"]["placement"]["nodes_by_kind"]["int8"] >= 4
     assert stages["validate"]["metric"]["shipped"]["retained"] >= 0.9
+
+
+def test_the_lock_is_that_of_the_same_root_without_ssh(built):
+    """All but the digests of the wheel files, which the device does not know."""
+    (bundle,) = built[0].glob("*.bundle.tar")
+    with tarfile.open(bundle) as archive:
+        locked = archive.extractfile("runtime/lock.txt").read()
+    here = packages.packages(load_target("arm"))
+    assert [one.name for one in here] == ["numpy", "onnxruntime"]
+    assert all("aarch64" in one.wheel and one.record_sha256 for one in here)
+    unknown = [dataclasses.replace(one, wheel_sha256=None) for one in here]
+    assert locked == packages.lock(unknown)
+
+
+def test_the_facts_of_a_board_are_the_same_each_time(board):
+    target = board.profile("board", PROFILE, **board.profiles)
+    link.look(target)
+    first = link.identity(target)
+    link.look(target)
+    assert link.identity(target) == first and len(first["packages"]) == 2
 
 
 def test_the_device_program_installs_there_what_was_built(board, built, tmp_path, edgewright):

@@ -12,6 +12,7 @@ from bundles import RECIPE, make, unpack
 from edgewright.bundle import bom, packages
 from edgewright.device.verify import verify
 from edgewright.errors import BadInput, IntegrityError
+from edgewright.runtime.ssh import wheels
 
 VALIDATE = {
     "metric": {
@@ -183,10 +184,10 @@ def test_the_lock_names_the_wheels_of_this_installation(attested):
 def test_a_record_digest_leaves_out_what_the_installer_wrote():
     wheel = "a/b.py,sha256=x,3\na-1.dist-info/METADATA,sha256=y,9\na-1.dist-info/RECORD,,\n"
     more = "../../bin/a,sha256=q,1\na-1.dist-info/INSTALLER,sha256=z,4\na/b.pyc,,\n"
-    digest = packages.record_digest(wheel)
-    assert digest == packages.record_digest(more + wheel)
-    assert digest == packages.record_digest("\n".join(wheel.splitlines()[::-1]))
-    assert digest != packages.record_digest(wheel.replace("=x", "=X"))
+    digest = wheels.record_digest(wheel)
+    assert digest == wheels.record_digest(more + wheel)
+    assert digest == wheels.record_digest("\n".join(wheel.splitlines()[::-1]))
+    assert digest != wheels.record_digest(wheel.replace("=x", "=X"))
     lines = b"a-1.dist-info/METADATA,sha256=y,9\na/b.py,sha256=x,3\n"
     assert digest == hashlib.sha256(lines).hexdigest()
 

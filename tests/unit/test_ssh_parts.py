@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import jsonschema
@@ -17,6 +18,7 @@ import pytest
 from conftest import tiny_model
 
 from edgewright import deploy
+from edgewright.bundle import packages
 from edgewright.decision import settle
 from edgewright.errors import BadInput, DeviceUnavailable, IntegrityError, from_wire, to_wire
 from edgewright.gate.release import cold_start, latency
@@ -27,7 +29,7 @@ from edgewright.runtime.local import open_local
 from edgewright.runtime.session import Session
 from edgewright.runtime.ssh import agent, answers, facts, lease, link, text
 from edgewright.runtime.ssh.agent import MAGIC
-from edgewright.target import parse_target
+from edgewright.target import load_target, parse_target
 
 LOAD = {
     "inputs": [{"name": "x", "type": "tensor(float)", "shape": ["batch", 4]}],
@@ -279,8 +281,6 @@ def test_profiles_that_are_refused(key, value):
 
 def test_the_example_profile_is_one():
     path = Path(__file__).parents[2] / "examples/ssh/board.toml"
-    from edgewright.target import load_target
-
     assert load_target(str(path)).run.how == "ssh"
 
 
@@ -306,12 +306,101 @@ def test_the_device_error_crosses_process_borders():
 
 
 def test_only_the_runtimes_own_packages_tell_its_version():
-    others = {"onnxruntime_extensions": "0.14", "onnxruntime_genai": "0.9", "numpy_quaternion": "1"}
-    assert link.version({"packages": others}, "onnxruntime") is None
-    assert link.version({"packages": others}, "numpy") is None
-    here = {**others, "onnxruntime_gpu": "1.23", "numpy": "2.1"}
-    assert link.version({"packages": here}, "onnxruntime") == "1.23"
-    assert link.version({"packages": here}, "numpy") == "2.1"
+    others = {key: {"version": "0.9"} for key in ("onnxruntime_genai", "numpy_quaternion")}
+    assert link.package({"packages": others}, "onnxruntime") is None
+    assert link.package({"packages": others}, "numpy") is None
+    here = {**others, "onnxruntime_gpu": {"version": "1.23"}, "numpy": {"version": "2.1"}}
+    gpu = {"name": "onnxruntime-gpu", "version": "1.23"}
+    assert link.package({"packages": here}, "onnxruntime") == gpu
+    assert link.package({"packages": here}, "numpy") == {"name": "numpy", "version": "2.1"}
+
+
+def installed(folder, name, **texts):
+    """Install a package of which only the texts in its dist-info folder exist."""
+    path = folder / f"{name}.dist-info"
+    path.mkdir(parents=True)
+    for file, content in texts.items():
+        (path / file).write_text(content)
+
+
+def test_a_device_tells_the_wheels_of_its_packages(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    record = 'o/a.so,sha256=x,3\n"o/b,c.py",sha256=y,4\n../bin/o,sha256=z,5\no/b.pyc,,\n'
+    tags = "Tag: cp38-cp38-manylinux_2_17_aarch64\nTag: cp38-cp38-manylinux2014_aarch64\n"
+    wheel = "Wheel-Version: 1.0\n" + tags
+    installed(first, "onnxruntime_gpu-1.19.2+jp6", WHEEL=wheel, RECORD=record)
+    installed(second, "onnxruntime_gpu-1.18.0", RECORD=record)  # hidden by the first
+    installed(second, "numpy-1.24.4")
+    damaged = "o,sha256=x," + "9" * 200_000  # more than a field of the csv module may have
+    installed(second, "onnxruntime_genai-1", WHEEL="Tag: any\n", RECORD=damaged)
+    installed(second, "numpydoc-1.0", RECORD=record)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "none"), str(first), str(second)])
+    told = facts.packages()
+    assert told == {
+        "onnxruntime_genai": {"version": "1", "wheel": "", "record_sha256": None},
+        "onnxruntime_gpu": {
+            "version": "1.19.2+jp6",
+            "wheel": "onnxruntime_gpu-1.19.2+jp6-cp38-cp38-"
+            "manylinux2014_aarch64.manylinux_2_17_aarch64.whl",
+            "record_sha256": sha256(b"o/a.so,sha256=x,3\no/b,c.py,sha256=y,4\n").hexdigest(),
+        },
+        "numpy": {"version": "1.24.4", "wheel": "", "record_sha256": None},
+    }
+    answers.check({**facts.facts(), "free_bytes": 1}, answers.FACTS, "it")
+
+
+def test_another_build_of_a_version_is_another_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    installed(tmp_path, "onnxruntime-1.19.2", RECORD="o/a.so,sha256=x,3\n")
+    found = []
+    for record in ("o/a.so,sha256=x,3\no/a.pyc,,\n", "o/a.so,sha256=y,3\n"):
+        monkeypatch.setitem(link.known, "b", facts.facts())
+        found.append(link.identity(parse_target(PROFILE)))
+        (tmp_path / "onnxruntime-1.19.2.dist-info/RECORD").write_text(record)
+    monkeypatch.setitem(link.known, "b", facts.facts())
+    found.append(link.identity(parse_target(PROFILE)))
+    assert found[0] == found[1] != found[2]  # what an installer compiles is no part of a build
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "1.0\n--index-url http://elsewhere"},
+        {"version": "1.0\n"},
+        {"version": "1.0 # x"},
+        {"version": ""},
+        {"version": None},
+        {"wheel": "n-1-py3-none-any.whl\nevil==1"},
+        {"wheel": "w" * 256},
+        {"record_sha256": "ab" * 32 + "\n"},
+        {"record_sha256": "AB" * 32},
+        {"record_sha256": "ab" * 31},
+        {"record_sha256": 5},
+        {"more": "x"},
+    ],
+)
+def test_what_could_forge_a_line_of_a_lock_is_refused(change):
+    good = {"version": "1.0", "wheel": "", "record_sha256": "ab" * 32}
+    told = {**facts.facts(), "free_bytes": 1, "packages": {"numpy": good}}
+    assert answers.check(told, answers.FACTS, "it") == told
+    told["packages"] = {"numpy": {**good, **change}}
+    with pytest.raises(DeviceUnavailable, match="packages"):
+        answers.check(told, answers.FACTS, "it")
+    told["packages"] = {"numpy": {"version": "1.0"}}
+    with pytest.raises(DeviceUnavailable, match="lacks"):
+        answers.check(told, answers.FACTS, "it")
+    told["packages"] = {f"onnxruntime_{k}": good for k in range(65)}
+    with pytest.raises(DeviceUnavailable, match="at most 64"):
+        answers.check(told, answers.FACTS, "it")
+
+
+def test_the_lock_of_a_device_is_that_of_a_host_with_the_same_packages(monkeypatch):
+    """The agent reads folders, the host asks importlib: two ways to the same lock."""
+    monkeypatch.setitem(link.known, "b", facts.facts())
+    there = packages.lock(packages.packages(parse_target(PROFILE)))
+    assert there == packages.lock(packages.packages(load_target("cpu")))
+    assert there.count(b"# files of the wheel (RECORD): sha256:") == 2
+    assert there.count(b"# sha256 of the wheel: not known, it was installed already") == 2
 
 
 def test_a_refusal_on_the_device_keeps_its_exit_code():

@@ -53,7 +53,7 @@ def run(job: Job) -> Report:
     model = load(path)
     proof = prove(job, path, model)
     others, more = formats.make(job, path, proof.feeds, proof.outputs, proof.tolerances)
-    found = packages.packages(job.target, proof.made_with["runtime"])
+    found = packages.packages(job.target)
     files: dict[str, bytes | Path] = {
         manifest.MODEL: path,
         manifest.GOLDEN_INPUTS: golden.write_npz(golden.stack(proof.feeds)),

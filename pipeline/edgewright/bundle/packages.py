@@ -3,11 +3,10 @@
 What an installation knows of itself: version, wheel tags, licence, and the digests of all its
 files (RECORD, as PEP 376 and the wheel format have it). The SHA-256 of the wheel file itself is
 known only where this project downloaded it (emulated targets); elsewhere the lock says so, and a
-device compares the digest over RECORD, which is the same for every installation of one wheel.
+device compares the digest over RECORD, which is the same for every installation of one wheel. A
+device behind SSH tells these facts of itself, but no licence.
 """
 
-import csv
-import hashlib
 import importlib.metadata
 import json
 import sys
@@ -18,10 +17,9 @@ from typing import Any
 
 from edgewright.runtime import guest
 from edgewright.runtime.providers import own_build, plugin_package
+from edgewright.runtime.ssh import link
+from edgewright.runtime.ssh.wheels import record_digest, wheel_name
 from edgewright.target import Target
-
-# Written by the installer, so no part of the wheel.
-BY_INSTALLER = ("INSTALLER", "REQUESTED", "RECORD", "direct_url.json", "uv_cache.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +35,12 @@ class Package:
     texts: dict[str, bytes] = field(default_factory=dict)
 
 
-def packages(target: Target, runtime: str) -> list[Package]:
-    """numpy, the runtime of version `runtime` and its plug-in, as the target runs them."""
+def packages(target: Target) -> list[Package]:
+    """numpy, the runtime and its plug-in, as the target runs them."""
     wanted = {"numpy": ("numpy",), "onnxruntime": guest.ORT_PACKAGES}
-    if target.run.how == "ssh":  # installed there, and nothing of it is seen from here
-        return [Package(name="onnxruntime", version=runtime)]
+    if target.run.how == "ssh":
+        told = [link.package(link.facts(target), what) for what in wanted]
+        return [Package(**one) for one in told if one is not None]
     site, hashes = None, {}
     if target.run.how == "emulate" and target.device.arch == "aarch64":
         folder = guest.guest_folder()
@@ -68,8 +67,8 @@ def installed(name: str, site: Path | None, hashes: dict[str, str]) -> Package |
     dist = next(iter(importlib.metadata.distributions(name=name, path=where)), None)
     if dist is None:
         return None
-    wheel = wheel_name(dist)
     meta = dist.metadata
+    wheel = wheel_name(meta["Name"], dist.version, dist.read_text("WHEEL") or "")
     return Package(
         name=name,
         version=dist.version,
@@ -84,36 +83,6 @@ def installed(name: str, site: Path | None, hashes: dict[str, str]) -> Package |
 def stated(meta: Any, key: str) -> str:
     """A licence's name, empty where the package states none; some put the whole text there."""
     return (meta[key] or "").strip().partition("\n")[0][:100] if key in meta else ""
-
-
-def wheel_name(dist: importlib.metadata.Distribution) -> str:
-    """The name of the wheel file, from the tags in its WHEEL; empty where there is none."""
-    lines = (dist.read_text("WHEEL") or "").splitlines()
-    tags = [line.removeprefix("Tag: ").strip() for line in lines if line.startswith("Tag: ")]
-    if not tags:
-        return ""
-    parts = [sorted({tag.split("-")[k] for tag in tags}) for k in range(3)]
-    tag = "-".join(".".join(part) for part in parts)
-    return f"{dist.metadata['Name'].replace('-', '_')}-{dist.version}-{tag}.whl"
-
-
-def record_digest(record: str | None) -> str | None:
-    """SHA-256 over the sorted lines `path,hash,size` of what the wheel itself brought."""
-    if record is None:
-        return None
-    rows = [row for row in csv.reader(record.splitlines()) if len(row) == 3 and row[1]]
-    return hashlib.sha256("".join(sorted(kept(rows))).encode()).hexdigest()
-
-
-def kept(rows: Iterable[list[str]]) -> Iterable[str]:
-    """The lines of a RECORD that are the same wherever the wheel is installed."""
-    for path, digest, size in rows:
-        name = path.rpartition("/")[2]
-        if path.startswith(("..", "/")) or name.endswith(".pyc"):
-            continue  # scripts and compiled files, made by the installer
-        if ".dist-info/" in path and name in BY_INSTALLER:
-            continue
-        yield f"{path},{digest},{size}\n"
 
 
 def license_texts(dist: importlib.metadata.Distribution) -> dict[str, bytes]:
@@ -136,6 +105,6 @@ def lock(found: Iterable[Package]) -> bytes:
         if one.wheel_sha256:
             lines.append(f"{one.name}=={one.version} --hash=sha256:{one.wheel_sha256}")
         else:
-            lines.append("# sha256 of the wheel: not known, this machine had it installed already")
+            lines.append("# sha256 of the wheel: not known, it was installed already")
             lines.append(f"{one.name}=={one.version}")
     return ("\n".join(lines) + "\n").encode()

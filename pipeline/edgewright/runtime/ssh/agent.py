@@ -1,8 +1,8 @@
 """The device's end of a link: holds the lease, keeps pushed files, runs the worker, tidies up.
 
-The bridge sends the text of this module and of `facts` and `lease` over SSH to the device's own
-Python, so nothing has to be installed there beside what the worker needs. Standard library only,
-nothing newer than Python 3.8.
+The bridge sends the text of this module and of the others that `text` lists over SSH to the
+device's own Python, so nothing has to be installed there beside what the worker needs. Standard
+library only, nothing newer than Python 3.8.
 
 A message is an 8-byte big-endian length, a JSON header of that length, then as many raw bytes as
 the header's "bytes" says. After MAGIC the agent answers each request once, in order, with {"op"}

@@ -23,6 +23,10 @@ DTYPES = (
     *("<i4", "<u4", "<f4", "<i8", "<u8", "<f8"),
 )
 RANK_MAX = 32  # numpy before 2.0 has no more
+# Goes into the lock of a bundle, which pip reads: nothing that could end a line there.
+WORD = {"type": "string", "pattern": r"^[A-Za-z0-9.!+_-]{1,64}\Z"}
+WHEEL = {"type": "string", "pattern": r"^[A-Za-z0-9.!+_-]{0,255}\Z"}
+SHA256 = {"type": ["string", "null"], "pattern": r"^[0-9a-f]{64}\Z"}
 
 
 def table(required: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -98,6 +102,10 @@ WORKER: dict[str, dict[str, Any]] = {
     "spin": table({"wall_s": SECONDS}),
 }
 ERROR = table({"error": table({"kind": TEXT, "text": TEXT})})
+PACKAGE = {
+    **table({"version": WORD, "wheel": WHEEL, "record_sha256": SHA256}),
+    "additionalProperties": False,
+}
 FACTS = table(
     {
         "machine": TEXT,
@@ -121,7 +129,12 @@ FACTS = table(
             "maxProperties": 4096,
         },
         "throttled": BY_NAME,
-        "packages": BY_NAME,
+        "packages": {
+            "type": "object",
+            "propertyNames": WORD,
+            "additionalProperties": PACKAGE,
+            "maxProperties": 64,
+        },
         "free_bytes": COUNT,
     }
 )

@@ -3,12 +3,16 @@
 import os
 import sys
 
+from edgewright.runtime.ssh.wheels import record_digest, wheel_name
 
-def read_text(path):
-    """The stripped text of a small file, empty where it cannot be read."""
+DIST_INFO = ".dist-info"
+
+
+def read_text(path, most=1 << 20):
+    """The stripped text of a file, `most` characters of it; empty where it cannot be read."""
     try:
-        with open(path, errors="replace") as file:
-            return file.read(1 << 20).strip("\0\n ")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(most).strip("\0\n ")
     except OSError:
         return ""
 
@@ -85,12 +89,21 @@ def facts(root="/"):
 
 
 def packages():
-    """Versions of numpy and of onnxruntime, whatever its variant, as their folders tell."""
+    """numpy and onnxruntime, whatever its variant, as their folders tell, by name.
+
+    {"version", "wheel", "record_sha256"}; "" and None: not known, see `wheels`.
+    """
     found = {}
     for folder in sys.path:
         for name in names_in(folder or "."):
             package, _, rest = name.partition("-")
             known = package == "numpy" or package.startswith("onnxruntime")
-            if known and rest.endswith(".dist-info"):
-                found.setdefault(package, rest[: -len(".dist-info")])
+            if not known or not rest.endswith(DIST_INFO) or package in found:
+                continue
+            path, version = os.path.join(folder, name), rest[: -len(DIST_INFO)]
+            found[package] = {
+                "version": version,
+                "wheel": wheel_name(package, version, read_text(os.path.join(path, "WHEEL"))),
+                "record_sha256": record_digest(read_text(os.path.join(path, "RECORD"), -1)),
+            }
     return found

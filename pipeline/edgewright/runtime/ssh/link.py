@@ -128,7 +128,11 @@ def facts(target: Target) -> Facts:
 
 
 def identity(target: Target) -> Facts:
-    """What of the device decides the results of a build."""
+    """What of the device decides the results of a build.
+
+    With the digests of its packages, not their versions alone: another build of a version computes
+    otherwise, and a bundle's lock names the digests, so a kept bundle would name the wrong ones.
+    """
     kept = ("machine", "bits", "cpu", "flags", "board", "python", "packages")
     return {key: facts(target)[key] for key in kept}
 
@@ -173,7 +177,7 @@ def check(target: Target, found: Facts) -> None:
             found="no " + " ".join(missing),
             hint="correct device.isa in the profile",
         )
-    absent = [name for name in ("numpy", "onnxruntime") if not version(found, name)]
+    absent = [name for name in ("numpy", "onnxruntime") if package(found, name) is None]
     if absent:
         raise EnvironmentMissing(
             f"{where}: the Python there has no {' and no '.join(absent)}",
@@ -219,8 +223,12 @@ def probe(target: Target) -> Facts:
     return {**found, **runtime}
 
 
-def version(found: Facts, package: str) -> str | None:
-    """The version of a package on the device; of onnxruntime, whatever its variant."""
-    names = ORT_PACKAGES if package == "onnxruntime" else (package,)
-    installed = [found["packages"].get(name.replace("-", "_")) for name in names]
-    return next(filter(None, installed), None)
+def package(found: Facts, name: str) -> dict[str, Any] | None:
+    """What the device tells of a package; of onnxruntime, whatever its variant.
+
+    {"name", "version", "wheel", "record_sha256"} (see `facts.packages`).
+    """
+    for one in ORT_PACKAGES if name == "onnxruntime" else (name,):
+        if (told := found["packages"].get(one.replace("-", "_"))) is not None:
+            return {"name": one, **told}
+    return None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 PARENTS = ("edgewright", "edgewright.runtime", "edgewright.runtime.ssh")
-MODULES = ("facts", "lease", "agent")
+MODULES = ("wheels", "facts", "lease", "agent")
 # Reads the one line byte by byte: what follows it belongs to the agent.
 BOOTSTRAP = (
     "import os;exec(bytes.fromhex(b''.join(iter("
