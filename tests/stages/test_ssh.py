@@ -239,7 +239,8 @@ def test_a_host_without_a_common_cipher_is_no_changed_key(device):
     device.start()
     try:
         text = refused(device, DeviceUnavailable, 6)
-        assert "no connection" in text and "encryption algorithm" in text
+        # What it goes on to say depends on which side hangs up first.
+        assert "no connection" in text and "the key of" not in text
     finally:
         device.stop()
         config.write_text(before)
