@@ -85,7 +85,7 @@ def own_fault(value: Any, schema: Schema) -> str:
     if "enum" in schema and not any(same(value, item) for item in schema["enum"]):
         return f"expected one of {schema['enum']}, found {shown(value)}"
     if isinstance(value, str):
-        if "pattern" in schema and not re.search(schema["pattern"], value):
+        if "pattern" in schema and not re.search(ended(schema["pattern"]), value):
             return f"{shown(value)!r} is not of the form {schema['pattern']}"
         return bounds(len(value), schema, "minLength", "maxLength", "characters")
     if isinstance(value, list):
@@ -97,6 +97,11 @@ def own_fault(value: Any, schema: Schema) -> str:
             return f"expected more than {schema['exclusiveMinimum']}, found {value}"
         return bounds(value, schema, "minimum", "maximum", "")
     return ""
+
+
+def ended(pattern: str) -> str:
+    """A JSON Schema's pattern for Python, where "$" matches before a newline at the end, too."""
+    return pattern[:-1] + r"\Z" if pattern.endswith("$") else pattern
 
 
 def bounds(size: float, schema: Schema, least: str, most: str, unit: str) -> str:

@@ -11,6 +11,8 @@ from jsonschema import Draft202012Validator
 from edgewright import schema
 from edgewright.bundle.manifest import SCHEMA
 
+# The library searches with Python's "$", which stands before a last newline, too.
+STRICT = json.loads(json.dumps(SCHEMA).replace('$"', '\\\\Z"'))
 EXAMPLE = {
     "schema": "edgewright-bundle/1",
     "digest": "0" * 64,
@@ -116,14 +118,14 @@ def judged_alike(value, judge) -> bool:
 
 
 def test_every_single_change():
-    judge = Draft202012Validator(SCHEMA)
+    judge = Draft202012Validator(STRICT)
     assert judged_alike(EXAMPLE, judge)
     verdicts = [judged_alike(value, judge) for value in mutants(EXAMPLE)]
     assert 100 < sum(verdicts) < len(verdicts) - 2000
 
 
 def test_many_changes_at_once():
-    judge, rng = Draft202012Validator(SCHEMA), random.Random(1)
+    judge, rng = Draft202012Validator(STRICT), random.Random(1)
     for _ in range(1500):
         value = copy.deepcopy(EXAMPLE)
         for _ in range(rng.randint(1, 3)):
@@ -162,3 +164,12 @@ def test_every_keyword_of_our_schemas_is_known():
     assert paths
     for path in paths:
         check(json.loads(path.read_text()))
+
+
+def test_a_pattern_ends_where_the_text_ends():
+    """In ECMA-262, which JSON Schema goes by, "$" does not stand before a last newline."""
+    name = {"type": "string", "pattern": "^[a-z]+$"}
+    assert not schema.fault("demo", name, "") and schema.fault("demo\n", name, "")
+    price = {"type": "string", "pattern": "^[a-z]+\\$$"}
+    assert not schema.fault("usd$", price, "") and schema.fault("usd$\n", price, "")
+    assert not schema.fault("ab12", {"type": "string", "pattern": "^[a-z]+"}, "")
