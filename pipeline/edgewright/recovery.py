@@ -4,7 +4,8 @@ Compensation by least squares (`recover.compensate`), then, where the recipe ask
 distillation from the original (`recover.distill`, needs torch). This file is the stage.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 
 from edgewright import model as graph
-from edgewright.data import samples
+from edgewright.data import Feed, samples
 from edgewright.errors import BadInput
 from edgewright.model import array
 from edgewright.prune.cut import Kept, cut
@@ -78,17 +79,24 @@ def repaired(
     def start(every: bool) -> onnx.ModelProto:
         student, _ = cut(original, analysis, removed)
         some = replace(settings, method="compensate") if every else settings
-        report["layers"] = compensate(
-            original,
-            student,
-            kept,
-            lambda: fitting(some, samples(job.recipe, specs, settings.samples)),
-            job.tell,
-            job.folder,
-        )
+        counts: Counter[str] = Counter()
+
+        def feeds() -> Iterator[Feed]:
+            given = counted(samples(job.recipe, specs, settings.samples), counts, "read")
+            return counted(fitting(some, given), counts, "fitted")
+
+        report["layers"] = compensate(original, student, kept, feeds, job.tell, job.folder)
+        text = f"compensated on {counts['fitted']} samples, made of {counts['read']} given ones"
+        report["notes"].append({"level": "info", "text": text})
         return student
 
     return model, kept, start
+
+
+def counted(feeds: Iterable[Feed], counts: Counter[str], key: str) -> Iterator[Feed]:
+    for feed in feeds:
+        counts[key] += 1
+        yield feed
 
 
 def trained(sliced: onnx.ModelProto, pruned: onnx.ModelProto) -> bool:

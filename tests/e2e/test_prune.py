@@ -35,6 +35,8 @@ def test_a_build_prunes_recovers_and_reports_each_step(edgewright, tmp_path: Pat
     # What compensation is for: the same shape, much nearer to the original.
     assert steps["recover"]["sqnr_db"] > steps["prune"]["sqnr_db"] + 3
     assert stages["recover"]["layers"]
+    told = [note["text"] for note in stages["recover"]["notes"]]
+    assert told == ["compensated on 160 samples, made of 40 given ones"]
     shipped = onnx.load(tmp_path / "out" / "cpu" / "model.onnx")
     assert not shipped.metadata_props  # the note of what went is for `recover` alone
 
