@@ -225,6 +225,7 @@ def read_member(stream: BinaryIO) -> Member | None:
             "not a bundle, or a damaged one",
             expected="a tar header in ustar format",
             found=repr(block[257:265]),
+            hint="a bundle is what `edgewright build` writes, NAME.bundle.tar",
         )
     name = block[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
     stated = re.fullmatch(rb"([0-7]{6})\0 ", block[148:156])

@@ -82,7 +82,7 @@ def installed_runtime() -> str:
             continue
     raise EnvironmentMissing(
         "no onnxruntime is installed for this Python",
-        hint="install the version in the bundle's runtime/lock.txt; --no-self-test where "
+        hint="install the version in the bundle's runtime/lock.txt; `install --no-self-test` where "
         "something else runs the model",
     )
 

@@ -177,7 +177,7 @@ def self_test(
         raise EnvironmentMissing(
             "the self-test needs numpy and onnxruntime",
             found=" ".join(str(error).split()),
-            hint="install what the bundle's runtime/lock.txt names; --no-self-test where "
+            hint="install what the bundle's runtime/lock.txt names; `install --no-self-test` where "
             "something else runs the model",
         ) from None
     return prove.prove(content, folder, launch, child=child)

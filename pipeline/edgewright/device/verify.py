@@ -140,6 +140,7 @@ def read_head(stream: BinaryIO, path: str, limit: int) -> tuple[tarball.Member, 
             "not a bundle",
             expected=f"{path} as its first member",
             found=repr(member.path) if member else "an empty archive",
+            hint="a bundle is what `edgewright build` writes, NAME.bundle.tar",
         )
     return member, head_content(stream, member, limit)
 
