@@ -220,6 +220,18 @@ def add_provider(onnxruntime, options, provider, settings):
     return None
 
 
+def bound_run(session, binding):
+    """A function that runs a session with a binding.
+
+    Where the session has it, the function that `run_with_iobinding` passes everything on to: the
+    way through Python costs 0.5 % of a model of 0.2 ms, and 1.5 % beside busy processes.
+    """
+    inner, bound = getattr(session, "_sess", None), getattr(binding, "_iobinding", None)
+    if hasattr(inner, "run_with_iobinding") and bound is not None:
+        return functools.partial(inner.run_with_iobinding, bound, None)
+    return functools.partial(session.run_with_iobinding, binding)
+
+
 def device_memory():
     """(bytes that this process holds on GPUs or None, why it is not known), from NVML."""
     try:
@@ -376,7 +388,7 @@ class Server:
             binding.bind_cpu_input(name, array)
         for value in session.get_outputs():
             binding.bind_output(value.name)
-        return functools.partial(session.run_with_iobinding, binding)
+        return bound_run(session, binding)
 
     def bind(self, feed):
         """A binding of the feed's arrays on the device, and of the outputs wherever they come."""
@@ -417,11 +429,11 @@ class Server:
         while len(walls) < min_runs or time.perf_counter() - begin < seconds:
             call = calls[self.turn % len(calls)]
             self.turn += 1
-            cpu = cpu_clock()
             wall = wall_clock()
+            cpu = cpu_clock()  # innermost: one thread on the CPU is judged by it
             call()
-            wall_end = wall_clock()
             cpu_end = cpu_clock()
+            wall_end = wall_clock()
             walls.append(wall_end - wall)
             cpus.append(cpu_end - cpu)
         return {
