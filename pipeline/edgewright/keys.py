@@ -19,7 +19,7 @@ from edgewright.errors import BadInput
 from edgewright.recipe import Recipe
 from edgewright.runtime import emulator, toolchain
 from edgewright.runtime.launch import host_cpu, host_isa
-from edgewright.runtime.providers import runtime_packages
+from edgewright.runtime.providers import CPU, runtime_packages
 from edgewright.runtime.ssh import link
 from edgewright.sidecars import external_data
 from edgewright.target import Target
@@ -134,7 +134,7 @@ def runner_tools(recipe: Recipe, target: Target) -> tuple[tuple[str, str, str], 
     Empty where it wants none, or the target's provider is none of the runner's.
     EnvironmentMissing where there is no compiler.
     """
-    if not recipe.release.runner or target.runtime.provider != "CPUExecutionProvider":
+    if not recipe.release.runner or target.runtime.provider != CPU:
         return ()
     return toolchain.tools(target.device.arch)
 

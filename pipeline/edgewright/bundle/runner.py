@@ -19,16 +19,15 @@ from edgewright import keys
 from edgewright.bundle import manifest
 from edgewright.errors import BadInput, EnvironmentMissing
 from edgewright.runtime import emulator, toolchain
+from edgewright.runtime.providers import CPU
 from edgewright.stage import Job
 from edgewright.target import Target
 
 Json = dict[str, Any]
 Files = dict[str, bytes | Path]
 GLIBC = re.compile(rb"GLIBC_([0-9]{1,3})\.([0-9]{1,3})(?:\.[0-9]+)?\0")
-PROVIDER = "CPUExecutionProvider"  # all that the runner has
 CHECK_ONLY = ("--warm-up", "0", "--runs", "0")
 DIFFERENT = 1  # the runner's exit code; its others are ours
-TIME_LIMIT_S = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +51,9 @@ def make(job: Job, facts: manifest.Manifest, files: Files) -> Runner:
     """
     if not job.recipe.release.runner:
         return Runner()
-    if job.target.runtime.provider != PROVIDER:
-        why = f"it has {PROVIDER} alone, the target runs {job.target.runtime.provider}"
+    tools = keys.runner_tools(job.recipe, job.target)
+    if not tools:
+        why = f"it has {CPU} alone, the target runs {job.target.runtime.provider}"
         return Runner(notes=(note("warning", f"{manifest.RUNNER} is left out: {why}"),))
     job.tell("compiling the runner")
     program = compiled(job)
@@ -70,7 +70,7 @@ def make(job: Job, facts: manifest.Manifest, files: Files) -> Runner:
     else:
         job.tell("golden vectors without Python")
         prove(job, {**files, **made})
-    return Runner(row=row, files=made, tools=keys.runner_tools(job.recipe, job.target), notes=notes)
+    return Runner(row=row, files=made, tools=tools, notes=notes)
 
 
 def compiled(job: Job) -> bytes:
@@ -149,19 +149,5 @@ def run(target: Target, folder: Path) -> "subprocess.CompletedProcess[str]":
     else:
         library = toolchain.host_library()
     words = [*before, manifest.RUNNER, f"@{manifest.RUNNER_OPTIONS}", "--library", str(library)]
-    try:
-        return subprocess.run(
-            [*words, *CHECK_ONLY],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=TIME_LIMIT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise EnvironmentMissing(
-            f"the golden vectors took {manifest.RUNNER} more than {TIME_LIMIT_S:.0f} s"
-        ) from None
+    what = f"proving the golden vectors with {manifest.RUNNER}"
+    return toolchain.run_to_end([*words, *CHECK_ONLY], folder, environment, what)

@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 
 from edgewright.bundle import manifest as manifests
-from edgewright.bundle.runner import PROVIDER, options
+from edgewright.bundle.runner import options
 from edgewright.device.verify import extract
 from edgewright.errors import BadInput
 from edgewright.files import write_atomic
 from edgewright.runtime import toolchain
+from edgewright.runtime.providers import CPU
 
 
 def write_runner(bundle: Path, folder: Path) -> list[Path]:
@@ -50,9 +51,9 @@ def made(manifest: manifests.Manifest, bundle: Path) -> dict[str, bytes]:
             expected="the bundle of one, or one that holds the runner",
             hint="build one of them with release.runner = true and pool them again",
         )
-    if (provider := manifest["runtime"]["provider"]) != PROVIDER:
+    if (provider := manifest["runtime"]["provider"]) != CPU:
         raise BadInput(
-            f"{bundle} is for {provider}", expected=f"{PROVIDER}, which is all the C runner has"
+            f"{bundle} is for {provider}", expected=f"{CPU}, which is all the C runner has"
         )
     program = toolchain.runner(manifest["device"]["arch"]).read_bytes()
     names = [Path(path).name for path in (manifests.RUNNER, manifests.RUNNER_OPTIONS)]

@@ -26,7 +26,6 @@ from edgewright.target import Target
 
 RUNS, DROPPED, LEAST_KEPT = 8, 3, 2
 LIMIT_S = 30.0  # slow models are run fewer times
-TIME_LIMIT_S = 1800.0
 # Every freed block is kept by its size, so that malloc's work does not depend on what went before.
 MALLOC = "GLIBC_TUNABLES=glibc.malloc.tcache_max=4194304:glibc.malloc.tcache_count=127"
 CLASSES = ("dot", "i8mm", "mlal", "fmla", "simd", "sve", "memory", "branch", "other")
@@ -81,31 +80,13 @@ def count(model: Path, feed: Mapping[str, np.ndarray], target: Target, runs: int
         ]
         for key, value in target.runtime.session.items():
             words += ["--config", f"{key}={value}"]
-        ran = run(words, folder, model.name)
+        # With nothing of this machine's environment.
+        what = f"counting the instructions of {model.name}"
+        ran = toolchain.run_to_end(words, folder, {}, what)
         counts = folder / "counts.json"
         if ran.returncode or not counts.is_file():
             raise failure(ran, model.name, target)
         return parse(json.loads(counts.read_text()), arch)
-
-
-def run(words: list[str], folder: Path, name: str) -> "subprocess.CompletedProcess[str]":
-    """Run the emulated runner to its end, with nothing of this machine's environment."""
-    try:
-        return subprocess.run(
-            words,
-            cwd=folder,
-            env={},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=TIME_LIMIT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise EnvironmentMissing(
-            f"counting the instructions of {name} took more than {TIME_LIMIT_S:.0f} s"
-        ) from None
 
 
 def failure(ran: "subprocess.CompletedProcess[str]", name: str, target: Target) -> EdgewrightError:

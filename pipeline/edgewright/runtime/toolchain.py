@@ -12,8 +12,9 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgewright.errors import EnvironmentMissing
@@ -27,6 +28,7 @@ FLAGS = ("-std=gnu11", "-O2", "-s", "-Wall", "-Wextra", "-Wl,--build-id=none")
 PLUGIN_FLAGS = ("-shared", "-fPIC", "-fvisibility=hidden")
 LIBRARIES = ("-ldl", "-lm")
 COMPILE_TIMEOUT_S = 120.0
+TIME_LIMIT_S = 1800.0  # for the runner, emulated or not
 # What a compiler gets of this user's environment: others (CPATH, LD_RUN_PATH) would change bytes.
 ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
 
@@ -199,6 +201,29 @@ def compile_to(
         timeout_s=COMPILE_TIMEOUT_S,
         hint=f"the compiler needs {' '.join(packages(arch))}",
     )
+
+
+def run_to_end(
+    words: Sequence[str], folder: Path, environment: Mapping[str, str], what: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run the runner in a folder, under an emulator or not, and wait for its end.
+
+    EnvironmentMissing where `what` it does takes more than TIME_LIMIT_S.
+    """
+    try:
+        return subprocess.run(
+            words,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIME_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise EnvironmentMissing(f"{what} took more than {TIME_LIMIT_S:.0f} s") from None
 
 
 @functools.cache
