@@ -36,7 +36,7 @@ def run(job: Job) -> Report:
     original = untie(graph.load(job.models.get("simplify", job.models["export"])))
     graph.name_nodes(original)
     report: dict[str, Any] = {"notes": [], "method": settings.method, "layers": []}
-    model, kept, start = repaired(job, settings, original, pruned, report)
+    model, kept, start = cut_again(job, settings, original, pruned, report)
     if settings.method == "distill":
         report["distillation"] = distilled(job, settings, original, model, kept, start)
     elif start is not None:
@@ -45,7 +45,7 @@ def run(job: Job) -> Report:
     return {**report, "model": graph.summary(job.output_model())}
 
 
-def repaired(
+def cut_again(
     job: Job,
     settings: RecoverSettings,
     original: onnx.ModelProto,

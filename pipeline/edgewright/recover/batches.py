@@ -11,10 +11,10 @@ import torch
 from edgewright.data import Feed
 from edgewright.errors import BadInput
 from edgewright.recover.ops import Tensor
+from edgewright.recover.variants import MEMORY
 from edgewright.runtime.local import open_local
 from edgewright.taps import expose
 
-MEMORY = 512 << 20  # bytes of samples kept at most
 FEWEST = 5
 SAME = 1e-3  # a stacked run may differ by this share of the largest value: another order of sums
 

@@ -16,7 +16,7 @@ import numpy as np
 from edgewright.data import Feed
 from edgewright.recipe import FEW, HOLD
 
-MEMORY = 512 << 20  # bytes of samples kept to make others of
+MEMORY = 512 << 20  # bytes of samples kept at most, to make others of or to train on
 LATELY = 32  # variants kept for who asks for them again soon
 ENDLESS = 1 << 40
 PIECE = (0.25, 0.75)  # share of an axis that comes from another sample
