@@ -90,8 +90,8 @@ def admit(
     `allow_nonfinite` turns refusals of NaN and Inf into warnings. Returns {"sha256_source",
     "bytes_source", "external_files", "opset", "ir_version", "notes"}.
     """
+    data = read_model(source)
     try:
-        data = read_model(source)
         report = admit_bytes(
             data,
             out,
@@ -101,8 +101,6 @@ def admit(
             trial_seconds=trial_seconds,
         )
     except BadInput as error:
-        if str(source) in str(error):
-            raise
         raise BadInput(f"model {source}: {error}") from None
     return {
         "sha256_source": hashlib.sha256(data).hexdigest(),
@@ -168,7 +166,7 @@ def read_model(source: Path) -> bytes:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a FIFO, socket or device"
-            raise BadInput("not a file", expected="an ONNX file", found=kind)
+            raise BadInput(f"model {source}", expected="an ONNX file", found=kind)
         if status.st_size <= models.MAX_BYTES:
             with os.fdopen(os.dup(handle), "rb") as file:
                 data = file.read(models.MAX_BYTES + 1)
@@ -177,7 +175,7 @@ def read_model(source: Path) -> bytes:
     finally:
         os.close(handle)
     raise BadInput(
-        "larger than an ONNX file can be",
+        f"model {source} is larger than an ONNX file can be",
         expected="at most 2 GiB",
         found=f"{status.st_size / 2**30:.1f} GiB",
         hint="store its weights as external data",

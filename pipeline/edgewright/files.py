@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,11 +37,29 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_kind(path: Path, where: str) -> None:
+    """UsageError for what a file must not take the place of: a folder, a device, a pipe."""
+    if path.exists() and not path.is_file():
+        found = "a folder" if path.is_dir() else "a device, pipe or socket"
+        raise UsageError(where, expected="the name of a file to write", found=found)
+
+
+def check_writable(path: Path, where: str) -> None:
+    """UsageError where no file can be written at the path, now or once its folder is made."""
+    check_kind(path, where)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        found = f"{folder}: {error.strerror or error}"
+        raise UsageError(where, expected="a file that can be written", found=found) from None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; becomes `path` if the block succeeds."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", expected="the name of a file to write")
+    check_kind(path, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

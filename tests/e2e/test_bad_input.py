@@ -91,6 +91,14 @@ def test_model_file(edgewright, tiny, content, text):
     assert_refused(inspected, 3, text)
 
 
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(edgewright, tiny):
+    tiny.with_name("calibration.npz").unlink()  # would be told first, had the work begun
+    tiny.with_name("folder").mkdir()
+    for name, text in (("folder", "found a folder"), ("score.py/x.onnx", "can be written")):
+        words = (tiny.with_name("model.onnx"), "--recipe", tiny, "-o", tiny.parent / name)
+        assert_refused(edgewright("quantize", *words), 2, "-o ", name, text)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "calibration.npz", "evaluation.npz"])
 def test_a_fifo_is_refused_and_nothing_hangs(edgewright, tiny, name):
     path = tiny.with_name(name)

@@ -1,7 +1,6 @@
 """What a verdict leaves behind for a pull request, a job server and later releases."""
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 
 from edgewright.cli.terminal import say
 from edgewright.errors import UsageError
+from edgewright.files import check_writable
 
 LABEL_CHARS = 200
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -81,17 +81,6 @@ class Evidence:
             data = junit.xml(reports, open_ones, epoch() or 0)
             write_atomic(self.junit, data)
         return past
-
-
-def check_writable(path: Path, option: str) -> None:
-    """UsageError where no file can be made at the path; its folder is made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise UsageError(option, expected="a file that can be written", found=found) from None
 
 
 def epoch() -> int | None:

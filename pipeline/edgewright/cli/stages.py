@@ -10,7 +10,7 @@ from edgewright.cli.evidence import Evidence, evidence_options
 from edgewright.cli.options import PATH, options, settings
 from edgewright.cli.terminal import emit, emit_json, emit_table
 from edgewright.errors import BadInput
-from edgewright.files import copy_atomic
+from edgewright.files import check_writable, copy_atomic
 from edgewright.recipe import Recipe, load_recipe, parse_recipe
 from edgewright.target import Target, load_target
 
@@ -39,6 +39,8 @@ def on_files(
     for path in models.values():
         if not path.exists():
             raise BadInput(f"model not found: {path}", hint="check the path")
+    if output is not None:
+        check_writable(output, f"-o {output}")
     with watching(target.name) as watch:
         return run_stages(
             stages, recipe, target, models=models, reports=reports, watch=watch, keep=keep
