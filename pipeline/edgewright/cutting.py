@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from edgewright import model as graph
+from edgewright.cuts import PruneSettings
 from edgewright.data import Feed, samples
 from edgewright.errors import BadInput
 from edgewright.prune.costs import Costs, Kind
@@ -19,7 +20,6 @@ from edgewright.prune.criteria import CRITERIA, GRADIENT, Needs, scores
 from edgewright.prune.cut import cut
 from edgewright.prune.labels import Analysis, analyse
 from edgewright.prune.select import Selection, for_latency, select
-from edgewright.recipe import PruneSettings
 from edgewright.recover import fitting, needs_torch
 from edgewright.recover.compensate import compensate
 from edgewright.recover.truth import truth_of

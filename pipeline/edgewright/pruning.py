@@ -8,6 +8,7 @@ marks the result so that `recover` knows what went.
 from typing import Any
 
 from edgewright import model as graph
+from edgewright.cuts import PruneSettings
 from edgewright.cutting import Pruned, Work, at_budget, judged, needs, without_excluded
 from edgewright.data import samples
 from edgewright.errors import BadInput
@@ -16,7 +17,6 @@ from edgewright.prune.labels import analyse
 from edgewright.prune.marks import mark
 from edgewright.prune.unstructured import sparse
 from edgewright.prune.untie import untie
-from edgewright.recipe import PruneSettings
 from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import onnx
 
+from edgewright.cuts import SoftTraining
 from edgewright.data import Feed
 from edgewright.prune.labels import Analysis
 from edgewright.prune.select import Selection
-from edgewright.recipe import Distillation, SoftTraining
+from edgewright.recipe import Distillation
 from edgewright.recover import needs_torch
 from edgewright.stage import Tell
 

@@ -17,7 +17,7 @@ STAGE_MODULES |= {"inspection", "pool"}
 # From the bottom up: what stands lower may not import what stands higher.
 LAYERS = [
     {"errors", "files", "process", "schema", "sidecars", ""},
-    {"decision", "codebooks", "zeros"},
+    {"decision", "codebooks", "cuts", "zeros"},
     {"settings", "cache"},
     {"recipe", "target"},
     {"calibration", "data", "model", "runtime", "stage", "metric", "keys"},
