@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgewright.errors import BadInput
+from edgewright.settings import SEEDS, check_limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +48,10 @@ def check_share(share: ShareSettings, where: str) -> None:
     """Numbers that can be, and no training that nothing asks for."""
     limits: dict[str, tuple[float, float]] = {
         "steps": (5, 10**7), "rate": (0, 0.5), "batch": (1, 4096), "samples": (5, 10**6),
-        "threads": (1, 256),
+        "seed": SEEDS, "threads": (1, 256),
     }  # fmt: skip
-    values: dict[str, tuple[float, float, float]] = {
-        f"train.{key}": (getattr(share.train, key), *ends) for key, ends in limits.items()
-    }
-    values["max_drop"] = (share.max_drop, 0, 1)
-    for key, (value, low, high) in values.items():
-        if not low <= value <= high:
-            raise BadInput(f"{where}: share.{key}", expected=f"{low} to {high}", found=str(value))
+    check_limits(share.train, limits, f"{where}: share.train")
+    check_limits(share, {"max_drop": (0, 1)}, f"{where}: share")
     if share.codebook != 0 and not 2 <= share.codebook <= 256:
         raise BadInput(
             f"{where}: share.codebook", expected="0, or 2 to 256", found=str(share.codebook)

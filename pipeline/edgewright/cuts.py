@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from edgewright.errors import BadInput
+from edgewright.settings import SEEDS, check_limits
 from edgewright.zeros import parse_pattern
 
 
@@ -95,8 +96,6 @@ def check_prune(prune: PruneSettings, where: str) -> None:
         raise BadInput(
             f"{where}: prune.zero without prune.budget", hint="add budget = { size = 0.5 }"
         )
-    if prune.zero and prune.ratios:
-        raise BadInput(f"{where}: prune.zero with prune.ratios", hint="ratios are of whole units")
     shares = {f"budget.{k}": v for k, v in given.items()}
     for name, share in (shares | {f"ratios.{k}": v for k, v in prune.ratios.items()}).items():
         if not 0 < share < 1:
@@ -119,8 +118,34 @@ def check_prune(prune: PruneSettings, where: str) -> None:
         raise BadInput(
             f"{where}: prune.max_drop", expected="above 0, at most 1", found=str(prune.max_drop)
         )
+    check_limits(prune, {"seed": SEEDS}, f"{where}: prune")
     if prune.zero:
-        parse_pattern(prune.zero, f"{where}: prune.zero")
+        check_zero(prune, where)
+
+
+def check_zero(prune: PruneSettings, where: str) -> None:
+    """A pattern, a budget that zeros can meet, and nothing that is said of whole units."""
+    kind, (kept, of) = parse_pattern(prune.zero, f"{where}: prune.zero")
+    plain = PruneSettings()
+    for key in ("ratios", "criterion", "allocation", "multiple", "exclude", "steps"):
+        if getattr(prune, key) != getattr(plain, key):
+            raise BadInput(
+                f"{where}: prune.zero with prune.{key}",
+                hint=f"remove {key}: it is of whole units, zeros are of single weights",
+            )
+    name, share = prune.budget.named()
+    if name not in ("params", "size"):
+        raise BadInput(
+            f"{where}: prune.zero with a budget of {name}",
+            expected="params or size: zeros leave work and latency as they are",
+            hint=f"set budget = {{ params = {share:g} }}",
+        )
+    if kind == "N:M" and abs(share - kept / of) > 0.005:
+        raise BadInput(
+            f"{where}: prune.budget.{name} with zero = '{prune.zero}'",
+            expected=f"{kept / of:g}, which is what this pattern keeps",
+            found=str(share),
+        )
 
 
 def check_soft(prune: PruneSettings, where: str) -> None:
@@ -144,10 +169,6 @@ def check_soft(prune: PruneSettings, where: str) -> None:
         )
     limits: dict[str, tuple[float, float]] = {
         "steps": (5, 10**7), "rate": (1e-6, 0.5), "strength": (0.001, 100), "every": (1, 10**6),
-        "batch": (1, 4096), "samples": (5, 10**6), "threads": (1, 256),
+        "batch": (1, 4096), "samples": (5, 10**6), "threads": (1, 256), "seed": SEEDS,
     }  # fmt: skip
-    for key, (low, high) in limits.items():
-        if not low <= (value := getattr(prune.train, key)) <= high:
-            raise BadInput(
-                f"{where}: prune.train.{key}", expected=f"{low} to {high}", found=str(value)
-            )
+    check_limits(prune.train, limits, f"{where}: prune.train")

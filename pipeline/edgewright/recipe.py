@@ -12,7 +12,7 @@ from edgewright.codebooks import ShareSettings, check_share
 from edgewright.cuts import PruneSettings, check_prune, check_soft
 from edgewright.decision import Tolerances, check_tolerances
 from edgewright.errors import BadInput
-from edgewright.settings import load_toml, parse
+from edgewright.settings import SEEDS, check_limits, load_toml, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ class QuantizeSettings:
 
 
 FEW = 256  # samples up to which distillation sees all at every step, and makes varied ones
+MOST_HARD = 0.3  # of the loss may come from true labels
 HOLD = 5  # every fifth calibration sample is held out to judge training by
 
 
@@ -273,21 +274,8 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     if recipe.prune is not None:
         check_prune(recipe.prune, where)
         check_soft(recipe.prune, where)
-    if recipe.recover is not None and recipe.recover.samples < 2:
-        raise BadInput(
-            f"{where}: recover.samples",
-            expected="at least 2",
-            found=str(recipe.recover.samples),
-        )
-    if recipe.recover is not None and not 0 <= recipe.recover.vary <= 100:
-        raise BadInput(
-            f"{where}: recover.vary", expected="0 to 100", found=str(recipe.recover.vary)
-        )
-    if recipe.recover is not None and recipe.recover.distill.hard > 0 and not recipe.recover.labels:
-        raise BadInput(
-            f"{where}: recover.distill.hard without recover.labels",
-            hint="name an .npy with one whole number for each calibration sample",
-        )
+    if recipe.recover is not None:
+        check_recover(recipe.recover, where)
     if recipe.share is not None:
         check_share(recipe.share, where)
     for key in ("max_samples", "processes"):
@@ -306,6 +294,34 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         )
     if recipe.data.per_sample and not recipe.data.metric:
         raise BadInput(f"{where}: data.per_sample without data.metric")
+
+
+def check_recover(recover: RecoverSettings, where: str) -> None:
+    """Numbers that can be, labels for what reads them, and no training that nobody asked for."""
+    most = {"samples": (2, 10**6), "vary": (0, 100)}
+    check_limits(recover, most, f"{where}: recover")
+    train = recover.distill
+    if recover.method != "distill" and train != Distillation():
+        raise BadInput(
+            f"{where}: recover.distill without training", hint='add method = "distill" to [recover]'
+        )
+    limits: dict[str, tuple[float, float]] = {
+        "steps": (1, 10**7), "minutes": (0, 10**5), "rate": (0, 0.5), "patience": (1, 10**6),
+        "batch": (1, 4096), "seed": SEEDS, "temperature": (0.1, 100), "soft": (0, 100),
+        "feature": (0, 100), "attention": (0, 100), "hard": (0, MOST_HARD), "vary": (0, 100),
+        "samples": (5, 10**6), "threads": (1, 256),
+    }  # fmt: skip
+    check_limits(train, limits, f"{where}: recover.distill")
+    if train.soft + train.feature + train.attention == 0:
+        raise BadInput(
+            f"{where}: recover.distill has no loss",
+            expected="soft, feature or attention above 0",
+        )
+    if train.hard > 0 and not recover.labels:
+        raise BadInput(
+            f"{where}: recover.distill.hard without recover.labels",
+            hint="name an .npy with one whole number for each calibration sample",
+        )
 
 
 def check_release(release: ReleaseSettings, where: str) -> None:

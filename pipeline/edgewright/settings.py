@@ -16,6 +16,7 @@ from typing import Any
 from edgewright.errors import BadInput
 
 T = typing.TypeVar("T")
+SEEDS = (0, 2**32 - 1)  # what every generator of random numbers takes
 NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -40,6 +41,15 @@ def suggestion(word: str, known: typing.Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(known)
+
+
+def check_limits(
+    values: object, limits: typing.Mapping[str, tuple[float, float]], where: str
+) -> None:
+    """BadInput for the first of some numbers of a table that is outside its limits."""
+    for key, (low, high) in limits.items():
+        if not low <= (value := getattr(values, key)) <= high:
+            raise BadInput(f"{where}.{key}", expected=f"{low} to {high}", found=str(value))
 
 
 def parse(cls: type[T], raw: Any, where: str) -> T:

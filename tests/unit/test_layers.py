@@ -17,8 +17,9 @@ STAGE_MODULES |= {"inspection", "pool"}
 # From the bottom up: what stands lower may not import what stands higher.
 LAYERS = [
     {"errors", "files", "process", "schema", "sidecars", ""},
-    {"decision", "codebooks", "cuts", "zeros"},
+    {"decision", "zeros"},
     {"settings", "cache"},
+    {"codebooks", "cuts"},
     {"recipe", "target"},
     {"calibration", "data", "model", "runtime", "stage", "metric", "keys"},
     {"admit", "external", "soundness", "parity", "passes", "scaffold", "taps", "mixers", "shelf"},
