@@ -80,6 +80,16 @@ class Pruned:
     training: dict[str, Any] | None = None  # how the soft pruning before the cut went
 
 
+def check_excluded(analysis: Analysis, settings: PruneSettings) -> None:
+    """BadInput for a pattern of exclude that no group fits: what it names would not stay whole."""
+    names = [group.name for group in analysis.groups]
+    for pattern in settings.exclude:
+        if names and not fnmatch.filter(names, pattern):
+            raise BadInput(
+                f"prune.exclude: no group is called '{pattern}'", hint=suggestion(pattern, names)
+            )
+
+
 def without_excluded(analysis: Analysis, settings: PruneSettings) -> Analysis:
     """The analysis without the groups that the recipe leaves whole."""
 

@@ -9,12 +9,21 @@ from typing import Any
 
 from edgewright import model as graph
 from edgewright.cuts import PruneSettings
-from edgewright.cutting import Pruned, Work, at_budget, judged, needs, without_excluded
+from edgewright.cutting import (
+    Pruned,
+    Work,
+    at_budget,
+    check_excluded,
+    judged,
+    needs,
+    without_excluded,
+)
 from edgewright.data import samples
 from edgewright.errors import BadInput
 from edgewright.metric import retention
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import mark
+from edgewright.prune.select import nothing_to_prune
 from edgewright.prune.unstructured import sparse
 from edgewright.prune.untie import untie
 from edgewright.runtime.timing import cpu_ratio
@@ -34,7 +43,11 @@ def run(job: Job) -> Report:
         return zeroed(job, settings)
     model = untie(graph.load(job.input_model()))
     graph.name_nodes(model)
-    analysis = without_excluded(analyse(model), settings)
+    analysis = analyse(model)
+    check_excluded(analysis, settings)
+    analysis = without_excluded(analysis, settings)
+    if not analysis.groups:
+        raise nothing_to_prune(analysis)
     work = Work(job, settings, model, analysis)
     name, share = settings.budget.named()
     report: dict[str, Any] = {

@@ -16,6 +16,7 @@ from typing import Any
 from edgewright.errors import BadInput
 
 T = typing.TypeVar("T")
+LISTED = 20  # known words in a message
 SEEDS = (0, 2**32 - 1)  # what every generator of random numbers takes
 NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -37,10 +38,13 @@ def load_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 def suggestion(word: str, known: typing.Iterable[str]) -> str:
-    """`did you mean 'x'?` for the nearest of the known words, or the list of them."""
+    """`did you mean 'x'?` for the nearest of the known words, or a list of the first of them."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(known)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return "known: " + ", ".join(known[:LISTED]) + more
 
 
 def check_limits(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from conftest import write_tiny
 from onnx import numpy_helper
@@ -78,6 +79,16 @@ def test_what_costs_too_much_is_weakened(tiny: Path, tmp_path: Path) -> None:
 def test_a_pattern_that_fits_nothing_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no group is called 'w9'"):
         prune(tiny, tmp_path, ratios={"w9": 0.5})
+    with pytest.raises(BadInput, match=r"exclude: no group is called 'W1'.*known: w0, w1, w2"):
+        prune(tiny, tmp_path, ratios={"w1": 0.5}, exclude=["w2", "W1"])
+
+
+def test_a_graph_without_layers_is_refused_as_one(tmp_path: Path) -> None:
+    """Not for its multiply-accumulates, of which there are none to share out."""
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[1, 4] x) => (float[1, 4] y)'
+    onnx.save(onnx.parser.parse_model(text + " { y = Relu (x) }"), tmp_path / "model.onnx")
+    with pytest.raises(BadInput, match="nothing in this model can be pruned"):
+        prune(tmp_path, tmp_path, budget={"macs": 0.5})
 
 
 def test_a_last_round_with_nothing_to_do_leaves_slices_of_the_original(

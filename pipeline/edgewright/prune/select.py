@@ -6,7 +6,7 @@ group as many units as the rounding asks for, and costs are those of the graph a
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,13 +81,18 @@ def plans_for(analysis: Analysis, scores: Mapping[int, float], multiple: int) ->
         order = units if reason else sorted(units, key=lambda u: (scores[u], u))
         plans.append(Plan(group, order, [len(units), *([] if reason else widths)], reason))
     if all(plan.reason for plan in plans):
-        reasons = {p.reason for p in plans} | {f["reason"] for f in analysis.frozen}
-        raise BadInput(
-            "nothing in this model can be pruned",
-            found="; ".join(sorted(reasons)[:5]) or "no prunable units",
-            hint="leave [prune] out of the recipe, or see the report of `inspect`",
-        )
+        raise nothing_to_prune(analysis, {p.reason for p in plans})
     return plans
+
+
+def nothing_to_prune(analysis: Analysis, reasons: Set[str] = frozenset()) -> BadInput:
+    """The refusal of a model without a unit that can go, with the reasons."""
+    reasons = reasons | {f["reason"] for f in analysis.frozen}
+    return BadInput(
+        "nothing in this model can be pruned",
+        found="; ".join(sorted(reasons)[:5]) or "no prunable units",
+        hint="leave [prune] out of the recipe, or see the report of `inspect`",
+    )
 
 
 def select(
