@@ -248,7 +248,7 @@ def score(work: Work, model: onnx.ModelProto, analysis: Analysis) -> dict[int, f
         with needs_torch(f"prune.criterion {settings.criterion}", "another prune.criterion"):
             from edgewright.recover import gradients
 
-        truth = truth_of(job.recipe)
+        truth = truth_of(job.recipe, model)
         labels = None if truth is None else truth.tolist()
         kind = settings.criterion
         return gradients.scores(model, analysis, kind, feeds, job.tell, labels, settings.seed)

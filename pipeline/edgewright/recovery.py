@@ -55,6 +55,7 @@ def cut_again(
     """The pruned model and what was kept. Last, what compensates it, on all samples or on those
     that training is not judged by; None where there is nothing to compensate.
     """
+    check_same_ends(original, pruned)
     analysis = analyse(original)
     removed = removed_units(pruned, analysis)
     if not removed:
@@ -88,6 +89,9 @@ def cut_again(
         report["layers"] = compensate(original, student, kept, feeds, job.tell, job.folder)
         text = f"compensated on {counts['fitted']} samples, made of {counts['read']} given ones"
         report["notes"].append({"level": "info", "text": text})
+        if report["layers"] and all(row["reason"] for row in report["layers"]):
+            text = f"no layer was repaired: {report['layers'][0]['reason']}"
+            report["notes"].append({"level": "warning", "text": text})
         return student
 
     return model, kept, start
@@ -106,6 +110,25 @@ def trained(sliced: onnx.ModelProto, pruned: onnx.ModelProto) -> bool:
         not np.array_equal(array(t), mine[t.name], equal_nan=t.data_type == t.FLOAT)
         for t in sliced.graph.initializer
     )
+
+
+def check_same_ends(original: onnx.ModelProto, pruned: onnx.ModelProto) -> None:
+    """BadInput where the two differ in the name, type or shape of an input or output."""
+
+    def told(values: Iterable[onnx.ValueInfoProto]) -> str:
+        return ", ".join(onnx.helper.printable_value_info(v) for v in values)
+
+    for kind, mine, theirs in (
+        ("inputs", graph.real_inputs(pruned), graph.real_inputs(original)),
+        ("outputs", pruned.graph.output, original.graph.output),
+    ):
+        if told(mine) != told(theirs):
+            raise BadInput(
+                f"the pruned model was not cut from this original: their {kind} differ",
+                expected=f"{told(mine)}, as in the pruned model",
+                found=told(theirs),
+                hint="name the model that `prune` was given with --original",
+            )
 
 
 def distilled(
@@ -134,7 +157,7 @@ def distilled(
         settings.distill,
         kept=kept,
         start=start,
-        labels=truth_of(job.recipe),
+        labels=truth_of(job.recipe, original),
         folder=job.unfinished,
         tell=job.tell,
     )

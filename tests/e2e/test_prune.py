@@ -95,9 +95,27 @@ def test_recover_refuses_another_original(edgewright, tmp_path: Path) -> None:
     words = ["recover", out, "--original", out, "--recipe", recipe, "-o", tmp_path / "x.onnx"]
     ran = edgewright(*words)
     assert ran.code == 3 and "was not cut from this original" in ran.err, ran.err
+    other = onnx.load(recipe.parent / "model.onnx")
+    other.graph.output[0].name = other.graph.node[-1].output[0] = "logits"
+    words[3] = tmp_path / "other.onnx"
+    onnx.save(other, words[3])
+    ran = edgewright(*words)
+    assert ran.code == 3 and "their outputs differ" in ran.err, ran.err
+    assert "%scores[" in ran.err and "%logits[" in ran.err and not words[-1].exists()
     words[3] = recipe.parent / "model.onnx"
     ran = edgewright(*words, "--json")
     assert ran.code == 0 and ran.json["recover"]["layers"]
+
+
+def test_one_sample_repairs_nothing_and_that_is_said(edgewright, tmp_path: Path) -> None:
+    ran, out, recipe = prune(edgewright, tmp_path, "budget = { macs = 0.5 }", recover=True)
+    np.savez(recipe.parent / "calibration.npz", x=np.ones((1, 1, 12, 12), np.float32))
+    words = ("--original", recipe.parent / "model.onnx", "--recipe", recipe)
+    ran = edgewright("recover", out, *words, "-o", tmp_path / "x.onnx", "--json")
+    assert ran.code == 0, ran.err
+    warnings = [n["text"] for n in ran.json["recover"]["notes"] if n["level"] == "warning"]
+    said = "plain slice: too few samples: one half must judge"
+    assert warnings == [f"no layer was repaired: {said}"]
 
 
 def test_distillation_learns_from_the_original(edgewright, tmp_path: Path) -> None:
@@ -150,6 +168,9 @@ def test_labels_change_what_gradients_say(edgewright, tmp_path: Path) -> None:
     np.save(recipe.parent / "labels.npy", np.zeros(19, int))
     ran = edgewright(*words)
     assert ran.code == 3 and "one for each sample" in ran.err, ran.err
+    np.save(recipe.parent / "labels.npy", np.arange(20) + 1)
+    ran = edgewright(*words)
+    assert ran.code == 3 and "expected classes 0 to 9; found 10" in ran.err, ran.err
 
 
 def test_a_round_that_rounding_overshot_is_no_error(edgewright, tmp_path: Path) -> None:
