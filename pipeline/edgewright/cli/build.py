@@ -15,7 +15,7 @@ from edgewright.cli.stages import VERDICT_CODES
 from edgewright.cli.terminal import emit_json, emit_table, explain, say
 from edgewright.decision import only_warns
 from edgewright.errors import UsageError
-from edgewright.files import write_atomic
+from edgewright.files import check_writable, write_atomic
 from edgewright.recipe import Recipe, load_recipe, parse_recipe
 from edgewright.target import Target, load_target
 
@@ -96,12 +96,13 @@ def build(
 @options("json")
 def sweep(
     recipe_path: Path, target_name: str, budgets: str, out: Path | None, as_json: bool
-) -> None:
+) -> int:
     """Build RECIPE at several pruning budgets and draw the metric against latency and size.
 
     The budget's kind and all other settings are those of the recipe's [prune]; without one it
     is a share of the multiply-accumulates, with compensation. Finished builds are kept: the
-    same command goes on where it was stopped.
+    same command goes on where it was stopped. A build that an error ends is a row of the page,
+    and the exit code; what the gates say is in the rows only.
 
     \b
     edgewright sweep recipe.toml --target cpu --budgets 0.8,0.6,0.4
@@ -115,8 +116,10 @@ def sweep(
         raise UsageError("--budgets", expected="numbers like 0.8,0.6,0.4", found=budgets) from None
     recipe, target = settings(recipe_path, target_name)
     out = out or Path("build") / f"{recipe.model.name}-sweep"
-    table = {"budget": {"macs": 0.5}, **recipe.raw.get("prune", {})}
-    of = next(iter(table["budget"]))
+    for name in ("html", "json"):
+        check_writable(out / f"sweep-{target.name}.{name}", f"--out {out}")
+    table = recipe.raw.get("prune", {})
+    of = recipe.prune.budget.named()[0] if recipe.prune else "macs"
     rest = {k: v for k, v in recipe.raw.items() if k != "prune"}
     if "prune" not in recipe.raw:
         rest.setdefault("recover", {})
@@ -127,12 +130,14 @@ def sweep(
     for share in shares:
         raw = {**rest, "prune": {**table, "budget": {of: share}}}
         recipes.append((share, parse_recipe(raw, recipe.folder, str(recipe_path))))
-    ladder = []
+    ladder, codes = [], []
     cache = open_cache(os.environ)
     for budget, one in recipes:
         name = "whole" if budget is None else f"{budget:g}"
         console.stderr.print(f"budget {name}", style="bold")
-        ladder.append(ladders.row(budget, build_one(one, target, out / name, cache, None)))
+        result = build_one(one, target, out / name, cache, None)
+        ladder.append(ladders.row(budget, result))
+        codes += [result["exit_code"]] if result["verdict"] == "ERROR" else []
     text = ladders.page(recipe.model.name, target.name, of, ladder)
     write_atomic(out / f"sweep-{target.name}.html", text.encode())
     found = {"target": target.name, "budget_of": of, "builds": ladder}
@@ -142,6 +147,7 @@ def sweep(
     else:
         emit_table([ladders.HEADS, *(ladders.cells(one) for one in ladder)])
         say(f"page: {out / f'sweep-{target.name}.html'}")
+    return min(codes, key=WORST_FIRST.index, default=0)
 
 
 def build_one(
