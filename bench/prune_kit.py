@@ -26,11 +26,12 @@ import numpy as np
 import onnx
 
 from edgewright.data import samples
-from edgewright.model import input_specs
+from edgewright.model import input_specs, name_nodes, parameter_count
 from edgewright.prune.costs import Costs
 from edgewright.prune.criteria import scores
 from edgewright.prune.cut import cut
 from edgewright.prune.labels import analyse
+from edgewright.prune.outputs import closed, opened
 from edgewright.prune.select import select
 from edgewright.recipe import Distillation, load_recipe
 from edgewright.recover.compensate import compensate
@@ -169,6 +170,8 @@ def prune(case: str, share: str, asked: argparse.Namespace) -> Row:
         pass
 
     sizes = {k: v.shape for k, v in next(iter(feeds())).items()}
+    name_nodes(model)
+    model = opened(model)
     analysis = analyse(model)
     clock = [(time.monotonic(), time.process_time())]
     ranking = scores(model, analysis, asked.criterion, feeds, silent)
@@ -181,7 +184,7 @@ def prune(case: str, share: str, asked: argparse.Namespace) -> Row:
     clock.append((time.monotonic(), time.process_time()))
     onnx.save(smaller, asked.child / "repaired.onnx")
     taught = trained(model, smaller, left, feeds, asked) if asked.distill else {}
-    params = [sum(int(np.prod(t.dims)) for t in m.graph.initializer) for m in (smaller, model)]
+    params = [parameter_count(m) for m in (smaller, closed(model))]
     spent = [[round(b - a, 1) for a, b in zip(*pair, strict=True)]
              for pair in itertools.pairwise(clock)]  # fmt: skip
     return {

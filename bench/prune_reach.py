@@ -29,10 +29,11 @@ import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from edgewright.model import input_specs, parameter_count
+from edgewright.model import input_specs, name_nodes, parameter_count
 from edgewright.passes.names import assign_names, names_in
 from edgewright.prune.cut import cut, masked
 from edgewright.prune.labels import analyse
+from edgewright.prune.outputs import closed, opened
 from edgewright.prune.untie import untie
 from edgewright.runtime.local import open_local
 from edgewright.simplify import finish, simplified
@@ -93,7 +94,9 @@ def simple(model: onnx.ModelProto) -> onnx.ModelProto:
     job: Any = SimpleNamespace(tell=lambda *a: None)
     done = simplified(ir.to_proto(work), names, job, None)
     assert not done.broken, done.broken
-    return untie(finish(done, {p.key: p.value for p in model.metadata_props}))
+    result = untie(finish(done, {p.key: p.value for p in model.metadata_props}))
+    name_nodes(result)
+    return opened(result)
 
 
 def sample(case: Path) -> dict[str, np.ndarray]:
@@ -135,7 +138,7 @@ def reach(model: onnx.ModelProto, feed: dict[str, np.ndarray] | None) -> Row:
     error = max(float(np.abs(a - b).max() / max(np.abs(o).max(), 1e-6)) for a, b, o in pairs)
     return {
         "parameters": parameter_count(model),
-        "kept": parameter_count(small) / parameter_count(model),
+        "kept": parameter_count(small) / parameter_count(closed(model)),
         "groups": len(analysis.groups),
         "kinds": sorted({g.kind for g in analysis.groups}),
         "policy": analysis.policy,

@@ -19,6 +19,7 @@ from edgewright.prune.costs import Costs, Kind
 from edgewright.prune.criteria import CRITERIA, GRADIENT, Needs, scores
 from edgewright.prune.cut import cut
 from edgewright.prune.labels import Analysis, analyse
+from edgewright.prune.outputs import opened
 from edgewright.prune.select import Selection, for_latency, select
 from edgewright.recover import fitting, needs_torch
 from edgewright.recover.compensate import compensate
@@ -227,7 +228,7 @@ def in_rounds(work: Work, share: float, weakness: float) -> Pruned:
         rows = list(chosen.rows) if step == 0 else joined(rows, list(chosen.rows))
         if step + 1 < settings.steps:  # scores of a model that is only cut would say little
             small, _ = cut(model, analysis, removed)
-            current = judged(work, Pruned(small, removed, 1.0, rows))
+            current = opened(judged(work, Pruned(small, removed, 1.0, rows)))
     small, _ = cut(model, analysis, removed)  # and what was judged is not what is handed on
     return Pruned(small, removed, left / whole, rows)
 

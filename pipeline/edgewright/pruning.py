@@ -23,6 +23,7 @@ from edgewright.errors import BadInput
 from edgewright.metric import retention
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import mark
+from edgewright.prune.outputs import closed, opened
 from edgewright.prune.select import nothing_to_prune
 from edgewright.prune.unstructured import sparse
 from edgewright.prune.untie import untie
@@ -43,6 +44,7 @@ def run(job: Job) -> Report:
         return zeroed(job, settings)
     model = untie(graph.load(job.input_model()))
     graph.name_nodes(model)
+    model = opened(model)
     analysis = analyse(model)
     check_excluded(analysis, settings)
     analysis = without_excluded(analysis, settings)
@@ -66,7 +68,7 @@ def run(job: Job) -> Report:
         note(report, "info", "regrow chooses by what units own while it trains, not by a criterion")
     found = within_drop(work, report)
     if found is None:
-        graph.save(model, job.output_model())
+        graph.save(closed(model), job.output_model())
         report["budget"]["left"] = 1.0
     else:
         report["budget"]["left"] = round(found.share, 5)

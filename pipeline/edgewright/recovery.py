@@ -19,6 +19,7 @@ from edgewright.model import array
 from edgewright.prune.cut import Kept, cut
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import removed_units, unmarked
+from edgewright.prune.outputs import opened
 from edgewright.prune.untie import untie
 from edgewright.recipe import RecoverSettings
 from edgewright.recover import fitting, needs_torch
@@ -35,6 +36,7 @@ def run(job: Job) -> Report:
     pruned = graph.load(job.input_model())
     original = untie(graph.load(job.models.get("simplify", job.models["export"])))
     graph.name_nodes(original)
+    original = opened(original)
     report: dict[str, Any] = {"notes": [], "method": settings.method, "layers": []}
     model, kept, start = cut_again(job, settings, original, pruned, report)
     if settings.method == "distill":

@@ -8,7 +8,7 @@ import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 KIT = Path(__file__).resolve().parents[3] / "shared" / "kit"
-MOST = 0.63  # all-minilm-l6-v2: its output is as wide as every layer's
+MOST = 0.53  # silero-vad: its LSTM's states are inputs and outputs
 # In float32, of the outputs' largest value, through up to 50 layers.
 ROUNDING = 5e-5
 

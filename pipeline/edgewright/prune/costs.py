@@ -3,7 +3,8 @@
 Every cost is a sum of terms, every term a product of lengths of tensor axes: a convolution costs
 its output's axes times its weight's axes behind the first, a stored tensor its axes times its item
 size. Removing a unit shortens the axes that carry its label, so what a unit saves depends on what
-is left of its neighbours, and is computed without touching the graph.
+is left of its neighbours, and is computed without touching the graph. What `outputs.opened` added
+costs nothing while it is whole: `cut` takes it out then.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ import onnx
 
 from edgewright.errors import BadInput
 from edgewright.prune.labels import Analysis
+from edgewright.prune.outputs import MATRIX, PRODUCT, SHIFT, whole
 from edgewright.work import RECURRENT, WORK, Shape, node_macs, shapes_of, transposed
 
 Kind = Literal["macs", "params", "size_bytes"]
@@ -48,6 +50,10 @@ class Costs:
                     self.mark(analysis, axis, places[axis])
                 self.terms[k].append(places[axis])
                 self.readers[places[axis]].append(k)
+        idle = {name + what for name in whole(model) for what in (MATRIX, PRODUCT, SHIFT)}
+        self.waived: dict[int, float] = {}  # of terms: what they do not cost while it is this
+        self.waived = {k: self.value(k, {}) for k, (_, axes) in enumerate(terms)
+                       if idle & {tensor for tensor, _ in axes}}  # fmt: skip
         self.values = [self.value(k, {}) for k in range(len(terms))]
         self.total = float(sum(self.values))
         if self.total <= 0:
@@ -72,7 +78,7 @@ class Costs:
         product = self.factors[term]
         for place in self.terms[term]:
             product *= self.lengths[place] - less.get(place, 0)
-        return product
+        return 0.0 if product == self.waived.get(term) else product
 
     def shortened(self, units: Iterable[int]) -> dict[int, int]:
         """By how much each axis shrinks without the units."""

@@ -18,6 +18,7 @@ from edgewright.model import array
 from edgewright.passes.inputs import forget_shapes
 from edgewright.passes.shapes import infer
 from edgewright.prune.labels import Analysis
+from edgewright.prune.outputs import closed
 from edgewright.prune.rewrite import REWRITES, Sizes
 
 Kept = dict[tuple[str, int], np.ndarray]
@@ -29,7 +30,8 @@ def cut(
     """A new model without the units, and what is left of every axis that lost some.
 
     Kept indices are those of the original, sorted, for each (tensor, axis), activations
-    included. Names of nodes and tensors stay. BadInput for labels that are no units and where
+    included. Names of nodes and tensors stay; products of `outputs.opened` that lost nothing are
+    left out. BadInput for labels that are no units and where
     an axis would become empty.
     """
     gone = checked(analysis, remove)
@@ -46,6 +48,7 @@ def cut(
     sizes.finish()
     result = inferred(result)
     compare_shapes(result, analysis, kept)
+    result = closed(result)
     onnx.checker.check_model(result)
     return result, kept
 

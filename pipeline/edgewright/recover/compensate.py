@@ -26,6 +26,7 @@ from edgewright.data import Feed
 from edgewright.errors import BadInput
 from edgewright.mixers import GATES, Mixer, by_input, channels, find_mixers, give_biases
 from edgewright.model import array, initializers, reads
+from edgewright.prune.outputs import closed
 from edgewright.recover.channelwise import Channelwise, Spread, apply, find_channelwise, refit
 from edgewright.recover.moments import Fit, Moments, fit
 from edgewright.shelf import Arrays, Shelf
@@ -82,6 +83,7 @@ def compensate(
     where a layer stays a plain slice. Raises BadInput where there are no samples.
     """
     rows: list[Row] = []
+    original = closed(original, initializers(pruned.graph))  # as `cut` did
     changed = touched(pruned, kept)
     give_biases(pruned, [m for m in find_mixers(pruned)[0] if m.input in changed])
     mixers, left = find_mixers(pruned)
