@@ -4,7 +4,7 @@ import numpy as np
 
 from edgewright.recipe import FEW
 from edgewright.recover import variants
-from edgewright.recover.variants import Grown, make_pool, stretched, with_variants
+from edgewright.recover.variants import Grown, make_pool, with_variants
 
 
 def pictures(count: int) -> list[dict[str, np.ndarray]]:
@@ -40,10 +40,26 @@ def test_token_samples_are_joined_the_same_way_in_all_inputs() -> None:
         assert new["ids"][0, -1] == end  # the end of a sample stays at the end
 
 
-def test_stretching_keeps_one_place_where_it_is() -> None:
-    line = np.arange(5, dtype=np.float32)[None, None]
-    assert stretched(line, 2, 2.0, 0.0).ravel().tolist() == [0, 0.5, 1, 1.5, 2]
-    assert stretched(line, 2, 0.5, 1.0).ravel().tolist() == [0, 0, 0, 2, 4]
+def test_wild_variants_keep_shape_and_range_and_mix_inputs_alike() -> None:
+    samples = pictures(6)
+    pool, again = make_pool(samples, 0, wild=True), make_pool(samples, 0, wild=True)
+    for k in range(40):
+        new = pool.variant(k)["x"]
+        assert new.shape == (1, 3, 8, 9) and new.dtype == np.float32
+        assert np.array_equal(new, again.variant(k)["x"])
+        assert new.min() >= 0 and new.max() <= 5.5
+    texts = [{"ids": np.arange(100 * k, 100 * k + n)[None], "mask": np.full((1, n), k)}
+             for k, n in ((1, 30), (2, 40), (3, 35))]  # fmt: skip
+    pool = make_pool(texts, 0, wild=True)
+    kinds = [np.unique(pool.variant(k)["mask"]).size for k in range(12)]
+    assert max(kinds) == 3  # more than the two that joining gives
+    for k in range(12):
+        new = pool.variant(k)
+        assert new["ids"].shape == texts[k % 3]["ids"].shape
+        assert np.array_equal(new["ids"] // 100, new["mask"])
+        assert new["ids"][0, 0] == 100 * (k % 3 + 1)  # the beginning stays at the beginning
+        end = texts[new["mask"][0, -1] - 1]["ids"][0, -1]
+        assert new["ids"][0, -1] == end
 
 
 def test_what_cannot_be_varied_is_left_out_and_the_rest_is_not() -> None:

@@ -100,7 +100,9 @@ def train(
         graph.CopyFrom(start(from_all))
     with repeatable(settings.threads):
         pupil: Student = to_module(student) if isinstance(student, onnx.ModelProto) else student
-        lesson, notes = make_lesson(teacher, pupil, graph, samples, settings, kept, labels)
+        lesson, notes = make_lesson(
+            teacher, pupil, graph, samples, settings, kept, labels, wild=from_all
+        )
         models = [m for m in (teacher, graph) if isinstance(m, onnx.ModelProto)]
         parts = [m.SerializeToString(deterministic=True) for m in models]
         parts += [json.dumps(asdict(settings), sort_keys=True).encode(), more]

@@ -276,8 +276,12 @@ def make_lesson(
     settings: Distillation,
     kept: Mapping[tuple[str, int], np.ndarray],
     labels: np.ndarray | None,
+    wild: bool = False,
 ) -> tuple[Lesson, list[str]]:
-    """Student and teacher, ready to train, and notes on what cannot be compared."""
+    """Student and teacher, ready to train, and notes on what cannot be compared.
+
+    wild: varied samples to train on may be far from any sample, for none of them comes twice.
+    """
     check_settings(settings)
     known = teacher if isinstance(teacher, onnx.ModelProto) else None
     outputs = float_outputs(graph) if graph else student.outputs
@@ -296,7 +300,10 @@ def make_lesson(
         run = teacher
     held = list(range(HOLD - 1, len(feeds), HOLD))
     train = [k for k in range(len(feeds)) if k % HOLD != HOLD - 1]
-    pools = [make_pool([feeds[k] for k in rows], settings.seed) for rows in (held, train)]
+    pools = [  # what it is judged by stays near to the samples
+        make_pool([feeds[k] for k in held], settings.seed),
+        make_pool([feeds[k] for k in train], settings.seed, wild),
+    ]
     vary = settings.vary if variable(feeds, settings.vary) else 0
     if settings.vary and not vary and len(feeds) <= FEW:
         notes.append("no varied samples: no input is a sample with places, or whole numbers")

@@ -1,10 +1,8 @@
 """More inputs to learn from, made of the ones there are.
 
 The original answers whatever it is shown, so a made-up input needs no label, and need not look
-real: it has to keep the pruned graph from learning its few samples by heart. Nothing is known of
-what the inputs mean, so only this is done: pieces of another sample take the place of the own
-ones, what lies along an axis is stretched, values grow, shrink and shift. Numbers that stand for
-things (tokens) are joined, the beginning of one sample and the end of another.
+real: it has to keep the pruned graph from learning its few samples by heart. Which samples are made
+of which is said here, how they change in `distortions`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,43 +13,43 @@ import numpy as np
 
 from edgewright.data import Feed
 from edgewright.recipe import FEW, HOLD
+from edgewright.recover.distortions import joined, remade, scrambled, varied
 
 MEMORY = 512 << 20  # bytes of samples kept at most, to make others of or to train on
 LATELY = 32  # variants kept for who asks for them again soon
 ENDLESS = 1 << 40
-PIECE = (0.25, 0.75)  # share of an axis that comes from another sample
-STRETCH = (0.8, 1.25)
-CONTRAST = (0.6, 1.3)
-SHIFT = 0.3  # at most, in standard deviations of the sample
-OFTEN = 0.5  # chance of a piece, of a change of values, and of a whole cross-section
 
 
 @dataclass(frozen=True)
 class Pool:
     """Samples to make others of. bases: those that can be varied. alike: values of an input of one
-    shape, by both; ends: the least and the largest number in them. seed: of all that is drawn."""
+    shape, by both; ends: the least and the largest number in them. seed: of all that is drawn.
+    wild: whether variants may be far from any sample."""
 
     samples: Sequence[Feed]
     bases: Sequence[Feed]
     alike: dict[tuple[str, tuple[int, ...]], list[np.ndarray]]
     ends: dict[tuple[str, tuple[int, ...]], tuple[float, float]]
     seed: int
+    wild: bool = False
 
     def variant(self, number: int) -> Feed:
         """A new feed, always the same one, with the shapes of base `number` modulo their count."""
         rng = np.random.default_rng([self.seed, 2, number])
         feed = self.bases[number % len(self.bases)]
         if whole(feed):
-            return joined(feed, self.samples, rng)
+            others = [s for s in self.samples if whole(s)]
+            return (scrambled if self.wild else joined)(feed, others, rng)
         new = dict(feed)
         for name, value in feed.items():
             if spatial(value):
                 key = name, value.shape
-                new[name] = varied(value, self.alike[key], self.ends[key], rng)
+                change = remade if self.wild else varied
+                new[name] = change(value, self.alike[key], self.ends[key], rng)
         return new
 
 
-def make_pool(samples: Sequence[Feed], seed: int) -> Pool:
+def make_pool(samples: Sequence[Feed], seed: int, wild: bool = False) -> Pool:
     """What variants of these samples are made of; no bases where none can be varied."""
     alike: dict[tuple[str, tuple[int, ...]], list[np.ndarray]] = {}
     for sample in samples:
@@ -59,7 +57,7 @@ def make_pool(samples: Sequence[Feed], seed: int) -> Pool:
             if spatial(value):
                 alike.setdefault((name, value.shape), []).append(value)
     ends = {k: (min(v.min() for v in p), max(v.max() for v in p)) for k, p in alike.items()}
-    return Pool(samples, [s for s in samples if can_vary(s)], alike, ends, seed)
+    return Pool(samples, [s for s in samples if can_vary(s)], alike, ends, seed, wild)
 
 
 def with_variants(feeds: Iterable[Feed], vary: int, seed: int = 0) -> Iterator[Feed]:
@@ -127,55 +125,3 @@ def whole(feed: Feed) -> bool:
         return False
     (shape,) = shapes
     return len(shape) == 2 and shape[0] == 1 and shape[1] > 1
-
-
-def joined(feed: Feed, samples: Sequence[Feed], rng: np.random.Generator) -> Feed:
-    """The beginning of a sample and the end of another one that is long enough."""
-    size = next(iter(feed.values())).shape[1]
-    cut = int(rng.integers(1, size))
-    long = [s for s in samples if whole(s) and next(iter(s.values())).shape[1] >= size - cut]
-    other = long[int(rng.integers(len(long)))]
-    return {n: np.concatenate([v[:, :cut], other[n][:, cut - size :]], 1) for n, v in feed.items()}
-
-
-def varied(
-    value: np.ndarray,
-    pool: Sequence[np.ndarray],
-    ends: tuple[float, float],
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """One sample, float32 (1, channels, ...), changed; values stay within the pool's two ends."""
-    axes = range(2, value.ndim)
-    new = value.copy()
-    if rng.uniform() < OFTEN:
-        other = pool[int(rng.integers(len(pool)))]
-        alone = rng.choice(axes) if rng.uniform() < OFTEN else None
-        box = [slice(None)] * value.ndim
-        for axis in axes:
-            if alone is None or axis == alone:
-                size = max(1, int(value.shape[axis] * rng.uniform(*PIECE)))
-                begin = int(rng.integers(value.shape[axis] - size + 1))
-                box[axis] = slice(begin, begin + size)
-        new[tuple(box)] = other[tuple(box)]
-    for axis in axes:
-        new = stretched(new, axis, rng.uniform(*STRETCH), rng.uniform())
-    if rng.uniform() < OFTEN:
-        mean = new.mean()
-        new = mean + (new - mean) * rng.uniform(*CONTRAST) + new.std() * rng.uniform(-SHIFT, SHIFT)
-    return np.ascontiguousarray(np.clip(new, *ends), np.float32)
-
-
-def stretched(value: np.ndarray, axis: int, factor: float, place: float) -> np.ndarray:
-    """As long as before, what it shows longer or shorter; the ends repeat where it is shorter.
-
-    place: 0 keeps the beginning where it is, 1 the end.
-    """
-    size = value.shape[axis]
-    at = (np.arange(size) - place * (size - 1)) / factor + place * (size - 1)
-    at = np.clip(at, 0, size - 1)
-    low = np.floor(at).astype(int)
-    shape = [1] * value.ndim
-    shape[axis] = -1
-    part = (at - low).astype(np.float32).reshape(shape)
-    high = np.minimum(low + 1, size - 1)
-    return np.take(value, low, axis) * (1 - part) + np.take(value, high, axis) * part
