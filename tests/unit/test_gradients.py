@@ -90,6 +90,25 @@ def test_without_labels_fisher_is_the_energy_a_unit_gives_to_a_value():
     np.testing.assert_allclose(in_order(model, found), want, rtol=1e-4, atol=1e-9)
 
 
+def test_what_may_be_logits_or_values_is_drawn_as_both():
+    model = net("y = Identity (z)")
+    many = samples() * 50
+    found = scores(model, analyse(model), "fisher", lambda: many, say_nothing)
+    stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    x = np.concatenate([f["x"] for f in samples()])
+    a = np.maximum(x @ stored["w"].T + stored["b"], 0)
+    z = a @ stored["v"].T + stored["c"]
+    slopes = stored["v"][None] * a[:, None]  # (samples, outputs, units), by a factor on a unit
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    # Fisher of a categorical distribution, J'(diag p - p p')J, and of normal noise, J'J / variance.
+    classes = (p[:, :, None] * slopes**2).sum(1) - (p[:, :, None] * slopes).sum(1) ** 2
+    noise = (slopes**2).mean(1) / z.var(1)[:, None]
+    want = (classes + noise).mean(0) / 2
+    # 2000 draws; the classes alone are less than half of it, the noise alone 0.6 for some units.
+    assert (classes.mean(0) / 2 < 0.5 * want).all() and (noise.mean(0) / 2 < 0.7 * want).any()
+    np.testing.assert_allclose(in_order(model, found), want, rtol=0.15)
+
+
 def test_a_unit_that_gives_nothing_scores_nothing_and_runs_repeat():
     model = scaled(net("y = Softmax <axis=-1> (z)"), 3, 0.0)
     for criterion in ("taylor", "fisher"):

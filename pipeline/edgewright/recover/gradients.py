@@ -6,8 +6,9 @@ reading weights is sum(w * g) over them, for one sample; `taylor` is the mean of
 its square, the second-order loss of removal (Theis et al., 1801.05787; Kwon et al., 2204.09656).
 
 Without labels the gradient of the distance to the model's own outputs is zero, so the outputs are
-sampled: a class drawn from the predicted distribution, or normal noise of the output's own
-spread on values. That is the true Fisher, not the empirical one, and needs no labels.
+sampled: a class drawn from the predicted distribution, normal noise of the output's own spread on
+values, both where the graph does not tell which it is. That is the true Fisher, not the empirical
+one, and needs no labels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,18 +62,24 @@ def sampled_loss(target: Target, value: Tensor, random: torch.Generator) -> Tens
     """Minus the log-likelihood of an output drawn from the model itself, up to a constant.
 
     Distributions and their classes: mean over positions. Values: noise of the output's own
-    standard deviation, over the square root of their number.
+    standard deviation, over the square root of their number. What may be either ("logits") is
+    drawn as both, as distillation compares it: the classes alone say next to nothing where the
+    model is sure of them. The two are independent, so the squares of their slopes add up.
     """
     if target.kind == "binary":
         drawn = torch.bernoulli(torch.sigmoid(value.detach()), generator=random)
         return torch.nn.functional.binary_cross_entropy_with_logits(value, drawn)
-    if target.kind == "value" or value.shape[target.axis] == 1:
+    classes = target.kind != "value" and value.shape[target.axis] > 1
+    loss = torch.zeros(())
+    if target.kind != "soft" or not classes:
         noise = torch.randn(value.shape, generator=random)
         spread = value.detach().std(unbiased=False) + TINY if value.numel() > 1 else 1.0
-        return (noise * value).sum() / spread / value.numel() ** 0.5
-    logits = value.movedim(target.axis, -1).flatten(0, -2)
-    drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=random)[:, 0]
-    return torch.nn.functional.cross_entropy(logits, drawn)
+        loss = (noise * value).sum() / spread / value.numel() ** 0.5
+    if classes:
+        logits = value.movedim(target.axis, -1).flatten(0, -2)
+        drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=random)[:, 0]
+        loss = loss + torch.nn.functional.cross_entropy(logits, drawn)
+    return loss
 
 
 def true_loss(target: Target, value: Tensor, label: int) -> Tensor:
