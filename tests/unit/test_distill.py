@@ -9,9 +9,11 @@ import time
 import numpy as np
 import onnx
 import pytest
+from graphs import normal, parsed
 from onnx import numpy_helper, parser
 
 from edgewright.errors import BadInput
+from edgewright.prune.outputs import opened
 from edgewright.runtime.local import open_local
 
 torch = pytest.importorskip("torch")
@@ -250,6 +252,19 @@ def test_outputs_are_compared_by_what_goes_into_the_softmax(teacher):
     assert again["start"]["distance"] == pytest.approx(report["start"]["distance"], rel=1e-4)
     with pytest.raises(BadInput, match="probabilities on both sides"):
         distill(teacher, student, calibration, QUICK, kept=kept)
+
+
+def test_an_output_with_a_product_of_its_own_is_compared_as_what_that_reads():
+    """`prune.outputs` multiplies features; they are no logits for that."""
+    text = """g (float[N,3] x) => (float[N,8] y, float[N,2] z) {
+      a = Gemm(x, w) y = Relu(a) z = Gemm(y, head)
+    }"""
+    weights = {"w": normal(3, 8), "head": normal(8, 2, seed=2)}
+    model = parsed(text, **weights)
+    wide = opened(model)
+    assert wide != model
+    assert find_target(model, "y") == find_target(wide, "y") == Target("y", "value", "y")
+    assert find_target(wide, "z").kind == "logits"
 
 
 def test_distances_are_those_of_the_formulas():

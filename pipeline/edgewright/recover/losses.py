@@ -16,6 +16,7 @@ import torch
 
 from edgewright.errors import BadInput
 from edgewright.model import opset
+from edgewright.prune.outputs import MATRIX
 from edgewright.recover.ops import Tensor
 
 Kind = Literal["soft", "binary", "logits", "value"]
@@ -76,7 +77,10 @@ def find_target(model: onnx.ModelProto, output: str) -> Target:
 def ends_in_product(
     model: onnx.ModelProto, makers: Mapping[str, onnx.NodeProto], name: str
 ) -> bool:
-    """Whether a matrix product with stored weights, a bias perhaps added, makes the tensor."""
+    """Whether a matrix product with stored weights, a bias perhaps added, makes the tensor.
+
+    The one that `prune.outputs` gave an output does not count: what it gives is what it reads.
+    """
     stored = {t.name for t in model.graph.initializer}
     node = makers[name]
     if node.op_type == "Add":
@@ -84,7 +88,8 @@ def ends_in_product(
         if len(free) != 1 or free[0] not in makers:
             return False
         node = makers[free[0]]
-    return node.op_type in ("Gemm", "MatMul") and node.input[1] in stored
+    own = node.op_type in ("Gemm", "MatMul") and node.input[1] in stored
+    return own and not node.input[1].endswith(MATRIX)
 
 
 def output_loss(target: Target, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
