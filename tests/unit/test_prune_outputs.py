@@ -135,6 +135,26 @@ def test_the_product_costs_nothing_while_it_is_whole() -> None:
     assert left == pytest.approx(chosen.share) and left <= 0.7
 
 
+def test_several_units_go_at_once_where_one_alone_saves_nothing() -> None:
+    """The first unit of the stream costs 4 * 7 * 8 for the product and saves 4 * 13 + 2."""
+    wide = opened(stream())
+    analysis, units = analyse(wide), stream_units(wide)
+    least = {u: 1e-3 if u in units else 1.0 for g in analysis.groups for u in g.units}
+
+    def chosen(share: float) -> tuple[set[int], float]:
+        costs = Costs(wide, analysis, "macs", {"x": (1, 4, 3)})
+        found = select(analysis, least, costs, share)
+        return set(found.remove), found.share * costs.total
+
+    # 432 at first. With 7, 6, 5, 4, 3, 2 channels left it is 602, 516, 430, 344, 258, 172.
+    gone, left = chosen(0.5)  # four at once, then one by one down to 216
+    assert gone <= set(units) and len(gone) == 6 and left == 172
+    gone, left = chosen(0.7)
+    assert gone <= set(units) and len(gone) == 5 and left == 258
+    gone, left = chosen(0.9)  # four at once would be more than is asked for: a dear inner unit goes
+    assert not gone & set(units) and len(gone) == 1 and left == 368
+
+
 @pytest.mark.parametrize(
     ("body", "why"),
     [

@@ -41,11 +41,11 @@ class Plan:
     at: int = 0  # the width chosen
     fixed: bool = False  # the width is the recipe's, not the budget's
 
-    def block(self) -> list[int]:
-        """The units of the next step; none where it ends here."""
-        if self.at + 1 >= len(self.widths):
+    def block(self, steps: int = 1) -> list[int]:
+        """The units of the next steps; none where it ends before."""
+        if self.at + steps >= len(self.widths):
             return []
-        gone = [len(self.order) - w for w in self.widths[self.at : self.at + 2]]
+        gone = [len(self.order) - self.widths[at] for at in (self.at, self.at + steps)]
         return self.order[gone[0] : gone[1]]
 
     def removed(self) -> list[int]:
@@ -182,26 +182,38 @@ def evenly(plans: list[Plan], costs: Costs, goal: float) -> None:
 def cheapest_first(
     plans: list[Plan], scores: Mapping[int, float], costs: Costs, goal: float
 ) -> None:
-    """Remove block after block, each time the one with the least loss per cost saved."""
-    neighbours = [costs.touched(p.order) for p in plans]
-    prices: dict[int, float] = {}
+    """Remove block after block, each time the one with the least loss per cost saved.
 
-    def price(k: int) -> float:
-        block = plans[k].block()
-        saving = costs.saving(block) if block else 0.0
-        return sum(scores[u] for u in block) / saving if saving > 0 else math.inf
+    Where the next step alone saves nothing, because the first unit to go has a price of its own
+    (`outputs.opened`), several steps at once are a block, if that is not more than is asked for.
+    """
+    neighbours = [costs.touched(p.order) for p in plans]
+    offers: dict[int, tuple[float, int]] = {}  # of each plan: loss per cost saved, steps
+
+    def offer(k: int) -> tuple[float, int]:
+        found, steps = (math.inf, 1), 1
+        while block := plans[k].block(steps):
+            saving = costs.saving(block)
+            if saving > 0 and (steps == 1 or saving <= costs.now - goal):
+                found = min(found, (sum(scores[u] for u in block) / saving, steps))
+            if steps == 1 and saving > 0:
+                break
+            steps *= 2
+        return found
 
     for k in range(len(plans)):
-        prices[k] = price(k)
+        offers[k] = offer(k)
     while costs.now > goal:
-        best = min(prices, key=lambda k: (prices[k], k))
-        if prices[best] == math.inf:
+        best = min(offers, key=lambda k: (offers[k], k))
+        loss, steps = offers[best]
+        if loss == math.inf:
             return  # what is left saves nothing of this cost
-        costs.remove(plans[best].block())
-        plans[best].at += 1
+        costs.remove(plans[best].block(steps))
+        plans[best].at += steps
         for k in range(len(plans)):
-            if k == best or neighbours[k] & neighbours[best]:
-                prices[k] = price(k)
+            several = offers[k][1] > 1 or offers[k][0] == math.inf
+            if k == best or several or neighbours[k] & neighbours[best]:
+                offers[k] = offer(k)
 
 
 def row(plan: Plan) -> dict[str, Any]:
