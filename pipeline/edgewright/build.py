@@ -496,11 +496,13 @@ def run_stages(
     reports: dict[str, Report] = {},
     watch: Watch = lambda event: None,
     keep: Callable[[Path], None] = lambda folder: None,
+    unfinished: Path | None = None,
 ) -> dict[str, Report]:
     """Run stages on files, outside any run folder and cache; their reports by name.
 
     models: untrusted files by the names that STAGES has for them; "newest" is worked on.
-    keep: called with the last stage's folder before it goes away.
+    keep: called with the last stage's folder before it goes away. unfinished: where training
+    leaves its checkpoint, for the same command to go on from when this one was killed.
     """
     with tempfile.TemporaryDirectory(prefix="edgewright-") as name:
         folder = Path(name)
@@ -509,7 +511,7 @@ def run_stages(
         for stage in stages:
             begin = time.monotonic()
             watch(Event(kind="start", stage=stage))
-            made = line.make(stage)
+            made = line.make(stage, unfinished)
             line.done[stage] = Finished(made, digests_in(made), cached=False)
             watch(Event(kind="end", stage=stage, seconds=time.monotonic() - begin))
         keep(made)

@@ -1,12 +1,16 @@
 """prune and recover in a build and as commands: budgets kept, the metric's say, bad input."""
 
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from conftest import RECIPE, write_tiny
+from conftest import RECIPE, command, write_tiny
 
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import removed_units
@@ -179,3 +183,34 @@ def test_a_round_that_rounding_overshot_is_no_error(edgewright, tmp_path: Path) 
     ran, _, _ = prune(edgewright, tmp_path, table)
     assert ran.code == 0, ran.err
     assert ran.json["prune"]["budget"]["left"] < 0.95**0.75
+
+
+def test_a_killed_command_goes_on_where_its_training_was(edgewright, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    more = (
+        "[prune]\nbudget = { macs = 0.6 }\nmultiple = 4\n[recover]\nmethod = 'distill'\nvary = 0\n"
+    )
+    more += (
+        "[recover.distill]\nsteps = 400\nbatch = 8\nrate = 0.003\nsolver = 'adam'\nthreads = 1\n"
+    )
+    recipe = write_tiny(tmp_path / "r", RECIPE + more)
+    model, small = recipe.parent / "model.onnx", tmp_path / "small.onnx"
+    assert edgewright("prune", model, "--recipe", recipe, "-o", small).code == 0
+    words = ["recover", small, "--original", model, "--recipe", recipe, "-o"]
+    whole, killed = tmp_path / "whole.onnx", tmp_path / "killed.onnx"
+    assert edgewright(*words, whole).code == 0
+    left = tmp_path / "killed.onnx.unfinished"
+    with subprocess.Popen(command(*words, killed), start_new_session=True) as run:
+        deadline = time.monotonic() + 120
+        while not (left / "checkpoint.npz").exists() and time.monotonic() < deadline:
+            assert run.poll() is None
+            time.sleep(0.01)
+        os.killpg(run.pid, signal.SIGKILL)
+    assert (left / "checkpoint.npz").exists() and not killed.exists()
+    ran = edgewright(*words, killed, "--json")
+    assert ran.code == 0
+    assert ran.json["recover"]["distillation"]["resumed_at"] > 0
+    assert killed.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "killed.onnx", "r", "small.onnx", "whole.onnx"
+    ]  # fmt: skip

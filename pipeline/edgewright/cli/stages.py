@@ -1,5 +1,7 @@
 """The commands that run one stage on files."""
 
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,11 @@ def on_files(
     output: Path | None = None,
     result: str = "model.onnx",
 ) -> dict[str, Report]:
-    """Run stages on files; their reports. The last one's file `result` goes to `output`."""
+    """Run stages on files; their reports. The last one's file `result` goes to `output`.
+
+    Beside it stands, while a training is at work, the folder of its checkpoint; it stays only
+    where the process was killed.
+    """
     from edgewright.build import run_stages
     from edgewright.console import watching
 
@@ -41,10 +47,16 @@ def on_files(
             raise BadInput(f"model not found: {path}", hint="check the path")
     if output is not None:
         check_writable(output, f"-o {output}")
-    with watching(target.name) as watch:
-        return run_stages(
-            stages, recipe, target, models=models, reports=reports, watch=watch, keep=keep
-        )
+    unfinished = output.with_name(f"{output.name}.unfinished") if output is not None else None
+    try:
+        with watching(target.name) as watch:
+            return run_stages(
+                stages, recipe, target, models=models, reports=reports, watch=watch, keep=keep,
+                unfinished=unfinished,
+            )  # fmt: skip
+    finally:
+        if unfinished is not None and not isinstance(sys.exception(), KeyboardInterrupt):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def show(
