@@ -123,6 +123,13 @@ def test_inner_features_are_compared_with_what_was_kept_of_the_original(teacher)
         distill(teacher, pruned(teacher, 0)[0], calibration, asked)
 
 
+def test_a_feature_that_is_not_there_is_an_error(teacher):
+    student, kept = pruned(teacher, 0)
+    settings = Distillation(steps=4, rate=1e-3, threads=1, features=("a", "aa"))
+    with pytest.raises(BadInput, match=r"no tensor 'aa' in both models.*did you mean 'a'"):
+        distill(teacher, student, calibration, settings, kept=kept)
+
+
 def test_the_result_is_never_worse_than_the_start(teacher):
     student, kept = pruned(teacher, 1)
     start = student.SerializeToString(deterministic=True)
@@ -426,20 +433,6 @@ def test_the_teacher_is_asked_once_about_what_is_held_out(teacher):
     pair.both([3, 4], None, again=True)
     pair.both([3, 4], None, again=True)
     assert asked == [3, 2, 2]
-
-
-BAD = {
-    "steps": ({"steps": 0}, "steps"),
-    "no loss": ({"soft": 0.0, "feature": 0.0}, "no loss"),
-    "too hard": ({"hard": 0.5}, "hard"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_settings_that_make_no_sense_are_refused(teacher, name):
-    values, words = BAD[name]
-    with pytest.raises(BadInput, match=words):
-        distill(teacher, pruned(teacher, 0)[0], calibration, Distillation(**values))
 
 
 def test_few_samples_other_names_and_short_labels_are_refused(teacher):

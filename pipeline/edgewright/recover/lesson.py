@@ -23,24 +23,7 @@ from edgewright.recover.losses import Target
 from edgewright.recover.ops import Tensor
 from edgewright.recover.training import Score
 from edgewright.recover.variants import Grown, make_pool, variable
-
-MOST_HARD = 0.3
-
-
-def check_settings(settings: Distillation) -> None:
-    """BadInput for numbers that make no sense."""
-    limits = {
-        "steps": (1, 10**7), "minutes": (0, 10**5), "rate": (0, 0.5), "batch": (1, 4096),
-        "patience": (1, 10**6), "temperature": (0.1, 100), "soft": (0, 100), "feature": (0, 100),
-        "attention": (0, 100), "hard": (0, MOST_HARD), "samples": (1, 10**6), "threads": (1, 256),
-        "vary": (0, 100),
-    }  # fmt: skip
-    for name, (low, high) in limits.items():
-        value = getattr(settings, name)
-        if not low <= value <= high:
-            raise BadInput(f"distillation: {name}", expected=f"{low} to {high}", found=str(value))
-    if settings.soft + settings.feature + settings.attention <= 0:
-        raise BadInput("distillation has no loss", expected="soft, feature or attention above 0")
+from edgewright.settings import suggestion
 
 
 @dataclass(frozen=True)
@@ -107,6 +90,11 @@ def choose_matches(
     for kind, names, weight in inner:
         sides = [{o for n in m.graph.node for o in n.output} for m in (student, teacher) if m]
         both = [n for n in names if len(sides) == 2 and n in sides[0] and n in sides[1]]
+        if kind == "feature" and (lost := [n for n in settings.features if n not in both]):
+            raise BadInput(
+                f"recover.distill.features: no tensor '{lost[0]}' in both models",
+                hint=suggestion(lost[0], set.intersection(*sides) if sides else ()),
+            )
         if not both:
             notes.append(f"no tensor for the {kind} loss is in both models")
         found += [Match(kind, n, n, weight / len(both)) for n in both]
@@ -282,7 +270,6 @@ def make_lesson(
 
     wild: varied samples to train on may be far from any sample, for none of them comes twice.
     """
-    check_settings(settings)
     known = teacher if isinstance(teacher, onnx.ModelProto) else None
     outputs = float_outputs(graph) if graph else student.outputs
     if not outputs:
