@@ -199,7 +199,9 @@ def regrowing(work: Work, share: float, widths: dict[str, float]) -> Pruned:
         return select(analysis, energy, costs, share, work.multiple, settings.allocation, widths)
 
     feeds = work.feeds(settings.train.samples)
-    model, last, told = regrown(work.model, analysis, choose, feeds, settings.train, work.job.tell)
+    model, last, told = regrown(
+        work.model, analysis, choose, feeds, settings.train, work.unfinished(), work.job.tell
+    )
     small, _ = cut(model, analysis, last.remove)
     return Pruned(small, last.remove, last.share, list(last.rows), told)
 

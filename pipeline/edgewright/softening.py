@@ -75,7 +75,7 @@ def thinned(
 def regrown(
     model: onnx.ModelProto, analysis: Analysis,
     choose: Callable[[dict[int, float]], Selection], feeds: Feeds,
-    training: SoftTraining, tell: Tell,
+    training: SoftTraining, folder: Path | None, tell: Tell,
 ) -> tuple[onnx.ModelProto, Selection, Told]:  # fmt: skip
     """A copy whose weakest units were zeroed again and again, what went in the end, how it went.
 
@@ -86,18 +86,13 @@ def regrown(
 
     trained = copied(model)
     last: list[Selection] = []
-    first: dict[int, float] = {}
 
     def pick(energy: dict[int, float]) -> Iterable[int]:
-        if not first:
-            for group in analysis.groups:
-                total = sum(energy[u] for u in group.units) or 1.0
-                first.update(dict.fromkeys(group.units, total))
-        last[:] = [choose({u: value / first[u] for u, value in energy.items()})]
+        last[:] = [choose(energy)]
         return last[0].remove
 
     told, _ = regrow(
         model, trained, analysis, pick, feeds, lesson_of(training),
-        every=training.every, tell=tell,
+        every=training.every, folder=folder, tell=tell,
     )  # fmt: skip
     return trained, last[0], told

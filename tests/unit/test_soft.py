@@ -1,6 +1,7 @@
 """Soft pruning on a small net over digits: units are emptied, and the cut then costs nothing."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import onnx
@@ -121,6 +122,35 @@ def test_regrowth_ends_with_the_chosen_units_at_zero(original):
     truth = answers(original)
     assert (answers(small) == truth).mean() > (answers(hard) == truth).mean()
     assert report["steps"] == SETTINGS.steps
+
+
+@pytest.mark.parametrize("killed", [35, 55])  # of 60 steps: while units are chosen, and after
+def test_regrowth_that_was_killed_ends_with_the_same_bytes(original, tmp_path, killed):
+    analysis = analyse(original)
+    settings = dataclasses.replace(SETTINGS, steps=60)
+
+    def choose(energy: dict[int, float]) -> list[int]:
+        return sorted(energy, key=energy.__getitem__)[:GONE]
+
+    class Killed(Exception):
+        pass
+
+    def kill(text: str, done: int = 0, total: int = 0) -> None:
+        if text == "training" and done == killed:
+            raise Killed
+
+    plain, other = copy.deepcopy(original), copy.deepcopy(original)
+    _, units = regrow(original, plain, analysis, choose, feeds, settings, every=10)
+    with pytest.raises(Killed):
+        regrow(original, other, analysis, choose, feeds, settings, every=10, folder=tmp_path,
+               tell=kill)  # fmt: skip
+    other = copy.deepcopy(original)
+    report, again = regrow(original, other, analysis, choose, feeds, settings, every=10,
+                           folder=tmp_path)  # fmt: skip
+    assert 0 < report["resumed_at"] <= killed and again == units
+    assert other.SerializeToString(deterministic=True) == plain.SerializeToString(
+        deterministic=True
+    )
 
 
 def test_what_falls_is_gone_at_half_of_the_steps():

@@ -81,6 +81,7 @@ def train(
     labels: np.ndarray | None = None,
     hooks: Callable[[Mapping[str, torch.nn.Parameter]], Hooks],
     keep: Literal["best", "last"] = "last",
+    memory: dict[str, list[float]] | None = None,
     folder: Path | None = None,
     tell: Tell = say_nothing,
     more: bytes = b"",
@@ -88,7 +89,8 @@ def train(
     """What `distill` and soft pruning share; see `distill`.
 
     hooks: what the weights give: a penalty and what follows a step. keep: which weights are the
-    result. more: whatever else decides the result, for the checkpoint's digest.
+    result. memory: what the latter has to know from step to step, for the checkpoint. more:
+    whatever else decides the result, for the checkpoint's digest.
     """
     samples, note = take_samples(feeds(), settings.samples)
     graph = student if isinstance(student, onnx.ModelProto) else None
@@ -116,7 +118,8 @@ def train(
         if graph is None or not isinstance(pupil, GraphModule) or against:
             solver = "adam"
             outcome = fit(pupil.weights, lesson.backward, lesson.measure, schedule, digest=digest,
-                          folder=folder, after=after, keep=keep, tell=tell)  # fmt: skip
+                          folder=folder, after=after, keep=keep, memory=memory,
+                          tell=tell)  # fmt: skip
         else:
             solver = "newton"
             passes = max(FEWEST_PASSES, settings.steps * settings.batch // len(lesson.train))

@@ -159,34 +159,44 @@ def regrow(
     settings: Distillation,
     *,
     every: int = 20,
+    folder: Path | None = None,
     tell: Tell = say_nothing,
 ) -> tuple[dict[str, Any], frozenset[int]]:
     """Train the model in place, zeroing the weakest units every few steps; report, final units.
 
-    choose: energy of every unit -> the units to remove (such as `prune.select` with a budget).
-    Zeroed units keep learning and can come back until the last fifth of the steps, in which the
-    choice stands. The returned units are zero in the model. Keeps no checkpoint: what is chosen
-    so far would belong into it.
+    choose: the energy of every unit, as a share of what its group had at the start -> the units to
+    remove (such as `prune.select` with a budget). Zeroed units keep learning and can come back
+    until the last fifth of the steps, in which the choice stands. The returned units are zero in
+    the model.
     """
     units = sorted({u for g in analysis.groups for u in g.units})
-    last: list[int] = []
+    memory: dict[str, list[float]] = {"energy": []}  # when units were chosen last
+    gone: list[int] = []
 
     def hooks(weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
         owned = Owned(weights, analysis)
-
-        def pick() -> None:
-            energy = owned.energy().detach()
-            last[:] = sorted(int(u) for u in choose({u: float(energy[u]) for u in units}))
+        first = owned.energy().detach()
+        whole = torch.ones(owned.count)
+        for group in analysis.groups:
+            whole[list(group.units)] = first[list(group.units)].sum() or 1.0
 
         def after(step: int) -> None:
             final = step >= 0.8 * settings.steps
-            if not last or (step % every == 0 and not final):
-                pick()
+            if not memory["energy"] or (step % every == 0 and not final):
+                memory["energy"] = (owned.energy().detach() / whole)[units].tolist()
+                gone.clear()
             if final or step % every == 0:
-                owned.clear(last)
+                owned.clear(chosen())
 
         return None, after
 
-    report = train(teacher, model, feeds, settings, hooks=hooks, tell=tell,
-                   more=b"regrow")  # fmt: skip
-    return report, frozenset(last)
+    def chosen() -> list[int]:
+        """Known by heart, or, in a run that goes on, chosen again by what its checkpoint holds."""
+        if not gone:
+            energy = dict(zip(units, memory["energy"], strict=True))
+            gone[:] = sorted(int(u) for u in choose(energy))
+        return gone
+
+    report = train(teacher, model, feeds, settings, hooks=hooks, memory=memory, folder=folder,
+                   tell=tell, more=f"regrow {every}".encode())  # fmt: skip
+    return report, frozenset(chosen())

@@ -247,14 +247,16 @@ def fit(
     folder: Path | None = None,
     after: Callable[[int], None] | None = None,
     keep: Literal["best", "last"] = "best",
+    memory: dict[str, list[float]] | None = None,
     tell: Tell,
 ) -> Outcome:
     """Train the weights in place; at the end they are the best held-out ones, never worse.
 
     digest: names models, data and settings: a checkpoint in `folder` with another one is not
     used. after: called with the step after each optimiser step. keep: "last" ends with the
-    weights of the last step instead (for penalties that grow). A loss that is not finite ends
-    the training with the last good weights.
+    weights of the last step instead (for penalties that grow). memory: what `after` keeps from
+    step to step; it goes into the checkpoint and comes back from it. A loss that is not finite
+    ends the training with the last good weights.
     """
     begin = time.monotonic()
     path = folder / CHECKPOINT if folder else None
@@ -266,6 +268,8 @@ def fit(
         outcome = Outcome(**facts["outcome"])
         outcome.start, outcome.best = Score(*facts["start"]), Score(*facts["best"])
         outcome.resumed_at, waited, before = facts["step"], facts["waited"], outcome.seconds
+        if memory is not None:
+            memory.update(facts["memory"])
     else:
         best, waited, before = snapshot(weights), 0, 0.0
         outcome = Outcome(start, start, rate=schedule.rate)
@@ -305,7 +309,7 @@ def fit(
             outcome.stopped = f"no gain on held-out data in {waited} checks"
             break
         if path:
-            facts = {"digest": digest, "step": outcome.steps, "waited": waited}
+            facts = {"digest": digest, "step": outcome.steps, "waited": waited, "memory": memory}
             facts |= {"start": (outcome.start.distance, outcome.start.agreement)}
             facts |= {"best": (outcome.best.distance, outcome.best.agreement)}
             facts["outcome"] = {
