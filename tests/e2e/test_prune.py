@@ -187,12 +187,15 @@ def test_a_round_that_rounding_overshot_is_no_error(edgewright, tmp_path: Path) 
 
 def test_a_killed_command_goes_on_where_its_training_was(edgewright, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    more = (
-        "[prune]\nbudget = { macs = 0.6 }\nmultiple = 4\n[recover]\nmethod = 'distill'\nvary = 0\n"
-    )
-    more += (
-        "[recover.distill]\nsteps = 400\nbatch = 8\nrate = 0.003\nsolver = 'adam'\nthreads = 1\n"
-    )
+    more = """
+[prune]
+budget = { macs = 0.6 }
+multiple = 4
+[recover]
+method = "distill"
+vary = 0
+distill = { steps = 400, batch = 8, rate = 0.003, solver = "adam", threads = 1 }
+"""
     recipe = write_tiny(tmp_path / "r", RECIPE + more)
     model, small = recipe.parent / "model.onnx", tmp_path / "small.onnx"
     assert edgewright("prune", model, "--recipe", recipe, "-o", small).code == 0
