@@ -185,7 +185,10 @@ def test_a_round_that_rounding_overshot_is_no_error(edgewright, tmp_path: Path) 
     assert ran.json["prune"]["budget"]["left"] < 0.95**0.75
 
 
-def test_a_killed_command_goes_on_where_its_training_was(edgewright, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_command_goes_on_where_its_training_was(
+    edgewright, tmp_path: Path, number: int
+) -> None:
     pytest.importorskip("torch")
     more = """
 [prune]
@@ -208,7 +211,7 @@ distill = { steps = 400, batch = 8, rate = 0.003, solver = "adam", threads = 1 }
         while not (left / "checkpoint.npz").exists() and time.monotonic() < deadline:
             assert run.poll() is None
             time.sleep(0.01)
-        os.killpg(run.pid, signal.SIGKILL)
+        os.killpg(run.pid, number)
     assert (left / "checkpoint.npz").exists() and not killed.exists()
     ran = edgewright(*words, killed, "--json")
     assert ran.code == 0

@@ -13,6 +13,7 @@ from edgewright.cli.options import PATH, options, settings
 from edgewright.cli.terminal import emit, emit_json, emit_table
 from edgewright.errors import BadInput
 from edgewright.files import check_writable, copy_atomic
+from edgewright.process import Stopped
 from edgewright.recipe import Recipe, load_recipe, parse_recipe
 from edgewright.target import Target, load_target
 
@@ -33,7 +34,7 @@ def on_files(
     """Run stages on files; their reports. The last one's file `result` goes to `output`.
 
     Beside it stands, while a training is at work, the folder of its checkpoint; it stays only
-    where the process was killed.
+    where the command was stopped or killed.
     """
     from edgewright.build import run_stages
     from edgewright.console import watching
@@ -55,7 +56,7 @@ def on_files(
                 unfinished=unfinished,
             )  # fmt: skip
     finally:
-        if unfinished is not None and not isinstance(sys.exception(), KeyboardInterrupt):
+        if unfinished is not None and not isinstance(sys.exception(), Stopped):
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
