@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgewright.prune.cut import cut, masked
 from edgewright.prune.labels import Analysis, analyse
+from edgewright.prune.outputs import MATRIX, opened
 from edgewright.runtime.local import open_local
 
 GRAPHS, BATCHES = 320, 16
@@ -289,8 +290,11 @@ IMAGE: tuple[Step, ...] = (
 SEQUENCE: tuple[Step, ...] = (feed_forward, feed_forward, layer_norm, attention, recurrent)
 
 
-def generated(seed: int) -> tuple[onnx.ModelProto, list[str]]:
-    """A graph of 3 to 9 steps, and what must be frozen in it."""
+def generated(seed: int, seen: bool = False) -> tuple[onnx.ModelProto, list[str]]:
+    """A graph of 3 to 9 steps, and what must be frozen in it.
+
+    seen: what its last layer reads is an output, too.
+    """
     g = Graph(seed)
     image = bool(g.pick(0, 1, 1))
     source = [3, 4, 4] if image else [5, 6]
@@ -311,13 +315,14 @@ def generated(seed: int) -> tuple[onnx.ModelProto, list[str]]:
     if g.pick(0, 1) and len(s) == 3:
         x, s = g.op("GlobalAveragePool", x), [s[0], 1, 1]
     size = int(np.prod(s))
+    features = [helper.make_tensor_value_info(x, TensorProto.FLOAT, [free, *s])] if seen else []
     x = g.op("Flatten", x) if g.pick(0, 1) else g.op("Reshape", x, g.ints(-1, size))
     y = g.op("Gemm", x, g.weight(3, size), g.weight(3), transB=1)
     graph = helper.make_graph(
         g.nodes,
         "generated",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [free, *source])],
-        [helper.make_tensor_value_info(y, TensorProto.FLOAT, [free, 3])],
+        [helper.make_tensor_value_info(y, TensorProto.FLOAT, [free, 3]), *features],
         g.stored,
     )
     opset = helper.make_opsetid("", 18)
@@ -336,8 +341,34 @@ def zeroed(model: onnx.ModelProto, analysis: Analysis, units: list[int]) -> onnx
     return result
 
 
-def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    return open_local(model.SerializeToString()).run({"x": x})[0]
+def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
+    return list(open_local(model.SerializeToString()).run({"x": x}))
+
+
+def check_some(model: onnx.ModelProto, analysis: Analysis, rng: np.random.Generator) -> list[int]:
+    """Remove random units, run, and compare with both oracles; the units that were compared."""
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    x = rng.normal(0, 1, [d.dim_value or 1 for d in dims]).astype(np.float32)
+    some = {
+        g.name: rng.permutation(g.units)[: rng.integers(0, len(g.units))].tolist()
+        for g in analysis.groups
+    }
+    every = [u for units in some.values() for u in units]
+    small, kept = cut(model, analysis, every)
+    whole = run(model, x)
+    assert [y.shape for y in run(small, x)] == [y.shape for y in whole]
+    for tensor in small.graph.initializer:
+        assert 0 not in tensor.dims, tensor.name
+    assert bool(kept) == bool(every)
+    sure = {g.name for g in analysis.groups if g.exact or g.kind == "head_dim"}
+    units = [u for name, part in some.items() if name in sure for u in part]
+    result = run(cut(model, analysis, units)[0], x)
+    for other in (masked(model, analysis, units), zeroed(model, analysis, units)):
+        for mine, theirs, first in zip(result, run(other, x), whole, strict=True):
+            scale = max(float(np.abs(first).max()), 1.0)
+            # Sums of up to some hundred float32 terms in another order.
+            assert np.abs(mine - theirs).max() <= 2e-5 * scale
+    return units
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
@@ -346,28 +377,24 @@ def test_random_units_of_random_graphs(batch):
     for seed in range(batch, GRAPHS, BATCHES):
         model, frozen = generated(seed)
         analysis = analyse(model)
-        rng = np.random.default_rng(seed)
         assert {f["op"] for f in analysis.frozen} <= {"LRN"}, (seed, analysis.frozen)
         for name in frozen:
             assert not any(a.any() for a in analysis.labels[name]), (seed, name)
-        dims = model.graph.input[0].type.tensor_type.shape.dim
-        x = rng.normal(0, 1, [d.dim_value or 1 for d in dims]).astype(np.float32)
-        some = {
-            g.name: rng.permutation(g.units)[: rng.integers(0, len(g.units))].tolist()
-            for g in analysis.groups
-        }
-        every = [u for units in some.values() for u in units]
-        small, kept = cut(model, analysis, every)
-        assert run(small, x).shape == (1, 3), seed
-        for tensor in small.graph.initializer:
-            assert 0 not in tensor.dims, (seed, tensor.name)
-        assert bool(kept) == bool(every)
-        sure = {g.name for g in analysis.groups if g.exact or g.kind == "head_dim"}
-        units = [u for name, part in some.items() if name in sure for u in part]
-        result = run(cut(model, analysis, units)[0], x)
-        scale = max(float(np.abs(run(model, x)).max()), 1.0)
-        # Sums of up to some hundred float32 terms in another order.
-        for other in (masked(model, analysis, units), zeroed(model, analysis, units)):
-            assert np.abs(result - run(other, x)).max() <= 2e-5 * scale, seed
-        pruned += bool(units)
+        try:
+            pruned += bool(check_some(model, analysis, np.random.default_rng(seed)))
+        except AssertionError as error:
+            raise AssertionError(f"graph {seed}") from error
     assert pruned > GRAPHS // BATCHES // 2
+
+
+def test_random_graphs_whose_features_are_an_output():
+    """The channels of these can go, too, where other layers read them (`prune.outputs`)."""
+    freed = 0
+    for seed in range(48):
+        model, _ = generated(seed, seen=True)
+        wide = opened(model)
+        units = check_some(wide, analyse(wide), np.random.default_rng(seed))
+        own = [t.name for t in wide.graph.initializer if t.name.endswith(MATRIX)]
+        labels = analyse(wide).labels
+        freed += any(set(units) & set(labels[n][axis].tolist()) for n in own for axis in (0, 1))
+    assert freed >= 8
