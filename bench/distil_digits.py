@@ -1,14 +1,15 @@
 """Does pruning by a criterion, and distilling with a loss, beat chance and doing nothing?
 
-    python bench/distil_digits.py [--seeds 0,1,2] [--steps N] [--macs 0.3] [--models cnn,lstm]
+    python bench/distil_digits.py [--seeds 0,1,2] [--more 3,4,5] [--steps N] [--models cnn,lstm]
 
 Three small nets on scikit-learn's digits (8x8, first half trains, second half tests): a CNN, an
 LSTM over the rows, attention over the rows. Each is trained here on labels, loses units until a
 share of its multiply-accumulates is left, is compensated and distilled on the training pictures
 (their labels are read by one of the losses), and becomes int8. Prints Markdown: test accuracy, mean
 and standard deviation over the seeds, for every criterion and for every loss on the units that
-`hessian` chose. Seeds change the trained net, the units of `random`, and the order of the training
-samples. Every finished cell is a line of --runs, and is not computed again.
+`hessian` chose. Criteria are compared on more seeds, each with the mean of several draws of
+`random` on the same net. Seeds change the trained net, the units of `random`, and the order of the
+training samples. Every finished cell is a line of --runs, and is not computed again.
 """
 
 import argparse
@@ -51,19 +52,16 @@ HEAD = '<ir_version: 8, opset_import: ["" : 18]> g (float[N,8,8] x) => (float[N,
 C3 = "kernel_shape=[3,3], pads=[1,1,1,1]"
 
 
-def block(k: int, read: str, wide: int) -> str:
+def block(k: int, read: str) -> str:
     """One transformer block of four heads over eight tokens, reading `read`, making `out{k}`."""
-    part = wide // 4
-    heads = f"<value_ints=[0, 8, 4, {part}]>"
     return f"""
     n{k} = LayerNormalization <axis=-1> ({read}, g{k}, h{k})
     q{k} = MatMul (n{k}, wq{k}) k{k} = MatMul (n{k}, wk{k}) v{k} = MatMul (n{k}, wv{k})
-    s{k} = Constant {heads} ()
     qs{k} = Reshape (q{k}, s{k}) ks{k} = Reshape (k{k}, s{k}) vs{k} = Reshape (v{k}, s{k})
     qt{k} = Transpose <perm=[0,2,1,3]> (qs{k}) kt{k} = Transpose <perm=[0,2,3,1]> (ks{k})
     vt{k} = Transpose <perm=[0,2,1,3]> (vs{k}) l{k} = MatMul (qt{k}, kt{k})
     m{k} = Mul (l{k}, scale) p{k} = Softmax <axis=-1> (m{k}) o{k} = MatMul (p{k}, vt{k})
-    ot{k} = Transpose <perm=[0,2,1,3]> (o{k}) f{k} = Constant <value_ints=[0, 8, {wide}]> ()
+    ot{k} = Transpose <perm=[0,2,1,3]> (o{k})
     oc{k} = Reshape (ot{k}, f{k}) a{k} = MatMul (oc{k}, wo{k}) r{k} = Add ({read}, a{k})
     i{k} = LayerNormalization <axis=-1> (r{k}, i_g{k}, i_h{k}) u{k} = MatMul (i{k}, wu{k})
     ub{k} = Add (u{k}, bu{k}) e{k} = Relu (ub{k}) d{k} = MatMul (e{k}, wd{k})
@@ -98,8 +96,8 @@ NETS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
          "r1": (1, 192, 48), "b1": (1, 384), "wh": (10, 48), "bh": (10,)},
     ),
     "attention": (
-        f"""{HEAD} e = MatMul (x, we) t = Add (e, place) {block(0, "t", 48)}
-        {block(1, "out0", 48)} n = LayerNormalization <axis=-1> (out1, gl, hl)
+        f"""{HEAD} e = MatMul (x, we) t = Add (e, place) {block(0, "t")}
+        {block(1, "out0")} n = LayerNormalization <axis=-1> (out1, gl, hl)
         m = ReduceMean <keepdims=0> (n, one) y = Gemm <transB=1> (m, wh, bh) }}""",
         {"we": (8, 48), "place": (1, 8, 48), **block_shapes(0, 48), **block_shapes(1, 48),
          "gl": (48,), "hl": (48,), "wh": (10, 48), "bh": (10,)},
@@ -113,6 +111,9 @@ def build(name: str, seed: int) -> onnx.ModelProto:
     model = parser.parse_model(text)
     rng = np.random.default_rng(seed)
     values = {"one": np.array([1]), "zero": np.array([0]), "scale": np.float32(12**-0.5)}
+    # Shapes are stored, as `simplify` leaves them: heads behind a computed shape are frozen.
+    values |= {f"s{k}": np.array([0, 8, 4, 12]) for k in (0, 1)}
+    values |= {f"f{k}": np.array([0, 8, 48]) for k in (0, 1)}
     for key, shape in shapes.items():
         if key.startswith(("g", "i_g")):
             value = np.ones(shape)
@@ -200,12 +201,13 @@ def analysed(name: str, seed: int) -> Analysis:
 @cache
 def chosen(name: str, seed: int, criterion: str, share: float) -> frozenset[int]:
     model, analysis = trained(name, seed), analysed(name, seed)
+    criterion, _, draw = criterion.partition(" ")
     if criterion in GRADIENT:
         found = gradients.scores(
             model, analysis, criterion, feeds, say_nothing, seed=seed, threads=1  # type: ignore[arg-type]
         )  # fmt: skip
     else:
-        found = scores(model, analysis, criterion, feeds, say_nothing, seed)
+        found = scores(model, analysis, criterion, feeds, say_nothing, seed + 1000 * int(draw or 0))
     costs = Costs(model, analysis, "macs", {"x": (1, 8, 8)})
     # The same share everywhere: only the choice of units differs between criteria.
     return frozenset(select(analysis, found, costs, share, allocation="uniform").remove)
@@ -221,7 +223,8 @@ def repaired(name: str, seed: int, criterion: str, share: float) -> tuple[onnx.M
     return small, kept
 
 
-CRITERIA = ("random", "l1", "l2", "activation", "hessian", "taylor", "fisher")
+RANDOM = ("random", "random 1", "random 2", "random 3")  # draws
+CRITERIA = ("l1", "l2", "activation", "hessian", "taylor", "fisher")
 DEFAULT = "both + feature (default)"
 Found = dict[str, float]
 Cells = Iterator[tuple[str, Callable[[], Found]]]
@@ -269,19 +272,25 @@ def distilled(
     return found | ({"int8": accuracy(int8(small))} if then_int8 else {})
 
 
-def cells(seed: int, share: float, base: Distillation, name: str) -> Cells:
-    """Name of each cell of one trained net, and the function that fills it; what matters first."""
+def cells(seed: int, share: float, base: Distillation, name: str, more: bool) -> Cells:
+    """Name of each cell of one trained net, and the function that fills it; what matters first.
+
+    more: the criteria alone, the cheap cells first.
+    """
     long = replace(base, steps=LONG)
-    yield "original", partial(without_training, name, seed, "none", share)
-    yield f"{LONG} steps", partial(distilled, name, seed, "hessian", share, long, True)
-    hard = replace(long, hard=0.3)
-    yield f"{LONG} steps, true labels", partial(distilled, name, seed, "hessian", share, hard, True)
-    for criterion in CRITERIA:
+    if not more:
+        yield "original", partial(without_training, name, seed, "none", share)
+        yield f"{LONG} steps", partial(distilled, name, seed, "hessian", share, long, True)
+        hard = replace(long, hard=0.3)
+        end = partial(distilled, name, seed, "hessian", share, hard, True)
+        yield f"{LONG} steps, true labels", end
+    for criterion in (*RANDOM, *CRITERIA):
         yield f"{criterion}: start", partial(without_training, name, seed, criterion, share)
-        also = criterion == "hessian"
+    for criterion in (*RANDOM, *CRITERIA):
+        also = criterion == "hessian" and not more
         yield criterion, partial(distilled, name, seed, criterion, share, base, also)
     for words, settings in losses(base).items():
-        if words != DEFAULT:  # that is the cell `hessian`
+        if words != DEFAULT and not more:  # that one is the cell `hessian`
             yield words, partial(distilled, name, seed, "hessian", share, settings, False)
 
 
@@ -300,6 +309,43 @@ def gap(runs: list[Found], against: list[Found], key: str, other: str) -> str:
     if len(values) < 2:
         return " ".join(f"{v:+.2f}" for v in values)
     return f"{np.mean(values):+.2f} (least {min(values):+.2f})"
+
+
+def over_random(runs: list[dict[str, Found]], criterion: str, end: str, key: str) -> str:
+    """The mean over the seeds; behind it by how much it is above the mean draw of `random` on the
+    same net, with the standard error of that over the seeds."""
+    pairs = []
+    for run in runs:
+        drawn = [run[r + end][key] for r in RANDOM if r + end in run]
+        chance = float(np.mean(drawn)) if drawn else None
+        own = chance if criterion == "random" else run.get(criterion + end, {}).get(key)
+        if own is not None and chance is not None:
+            pairs.append((own, own - chance))
+    if not pairs:
+        return ""
+    digits = 3 if key == "distance" else 2
+    own, above = np.array(pairs).T
+    text = f"{own.mean():.{digits}f}"
+    if criterion == "random" or len(own) < 2:
+        return text
+    error = above.std(ddof=1) / len(above) ** 0.5
+    return f"{text} ({above.mean():+.{digits}f} ± {error:.{digits}f})"
+
+
+def show_criteria(runs: dict[str, list[dict[str, Found]]]) -> None:
+    """Every criterion against chance: cut, compensated, distilled, and the held-out distance."""
+    columns = {"cut": ": start", "compensated": ": start", "distilled": "", "distance": ""}
+    rows = []
+    for criterion in ("random", *CRITERIA):
+        for key, end in columns.items():
+            found = [over_random(of_net, criterion, end, key) for of_net in runs.values()]
+            rows.append([f"`{criterion}`" if key == "cut" else "", key, *found])
+    counts = []
+    for name, of_net in runs.items():
+        trained_too = sum(CRITERIA[-1] in run for run in of_net)
+        counts.append(f"{name} {len(of_net)}, distilled {trained_too}")
+    print(f"\n**Criteria**, seeds: {'; '.join(counts)}; {len(RANDOM)} draws of random on each\n")
+    print(table(["units by", "", *runs], rows), flush=True)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -325,15 +371,6 @@ def show(name: str, runs: list[dict[str, Found]], share: float, base: Distillati
             rows.append([title, *found])
     print(table(["distilled for", "float", "int8", "int8 - original"], rows) + "\n")
     rows = []
-    for criterion in CRITERIA:
-        if end := column.get(criterion):
-            start = column[f"{criterion}: start"]
-            found = [spread(start, "cut"), spread(start, "compensated"), spread(end, "distilled")]
-            against = gap(end, column["random"], "distilled", "distilled")
-            rows.append([criterion, *found, against, spread(end, "distance")])
-    titles = ["cut", "compensated", "distilled", "over random", "distance"]
-    print(table(["criterion", *titles], rows) + "\n")
-    rows = []
     for words in losses(base):
         if end := column.get("hessian" if words == DEFAULT else words):
             gain = gap(end, plain, "distilled", "compensated")
@@ -344,6 +381,7 @@ def show(name: str, runs: list[dict[str, Found]], share: float, base: Distillati
 def main() -> None:
     words = argparse.ArgumentParser()
     words.add_argument("--seeds", default="0,1,2")
+    words.add_argument("--more", default="3,4,5", help="seeds for the criteria alone")
     words.add_argument("--steps", type=int, default=Distillation().steps)
     words.add_argument("--macs", type=float, default=0.3)
     words.add_argument("--models", default=",".join(NETS))
@@ -357,10 +395,13 @@ def main() -> None:
     done: dict[str, Found] = {json.dumps(r["key"]): r["found"] for r in map(json.loads, lines)}
     nets = given.models.split(",")
     runs: dict[str, list[dict[str, Found]]] = {name: [] for name in nets}
-    for seed in map(int, given.seeds.split(",")):
+    seeds = [int(s) for s in given.seeds.split(",")]
+    for seed in [*seeds, *(int(s) for s in given.more.split(",") if s)]:
         for name in nets:
             found: dict[str, Found] = {}
-            for cell, fill in cells(seed, given.macs, replace(base, seed=seed), name):
+            for cell, fill in cells(
+                seed, given.macs, replace(base, seed=seed), name, seed not in seeds
+            ):
                 key = {"net": name, "seed": seed, "cell": cell}
                 key |= {"steps": given.steps, "macs": given.macs}
                 if json.dumps(key) not in done and not given.show:
@@ -374,9 +415,11 @@ def main() -> None:
                     found[cell] = done[json.dumps(key)]
             if found:
                 runs[name].append(found)
-    for name in nets:
-        if runs[name]:
-            show(name, runs[name], given.macs, base)
+    runs = {name: of_net for name, of_net in runs.items() if of_net}
+    for name, of_net in runs.items():
+        show(name, of_net[: len(seeds)], given.macs, base)
+    if runs:
+        show_criteria(runs)
 
 
 if __name__ == "__main__":
