@@ -16,12 +16,13 @@ from edgewright import model as graph
 from edgewright.data import Feed, samples
 from edgewright.errors import BadInput
 from edgewright.model import array
+from edgewright.prune.criteria import GRADIENT
 from edgewright.prune.cut import Kept, cut
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import removed_units, unmarked
 from edgewright.prune.outputs import opened
 from edgewright.prune.untie import untie
-from edgewright.recipe import RecoverSettings
+from edgewright.recipe import Recipe, RecoverSettings
 from edgewright.recover import fitting, needs_torch
 from edgewright.recover.compensate import compensate
 from edgewright.recover.truth import truth_of
@@ -38,6 +39,9 @@ def run(job: Job) -> Report:
     graph.name_nodes(original)
     original = opened(original)
     report: dict[str, Any] = {"notes": [], "method": settings.method, "layers": []}
+    if settings.labels and not labels_read(job.recipe, settings):
+        text = "recover.labels are not read: neither recover.distill.hard nor a criterion uses them"
+        report["notes"].append({"level": "warning", "text": text})
     model, kept, start = cut_again(job, settings, original, pruned, report)
     if settings.method == "distill":
         report["distillation"] = distilled(job, settings, original, model, kept, start)
@@ -45,6 +49,12 @@ def run(job: Job) -> Report:
         model = start(True)
     graph.save(model, job.output_model())
     return {**report, "model": graph.summary(job.output_model())}
+
+
+def labels_read(recipe: Recipe, settings: RecoverSettings) -> bool:
+    """Whether training or the criterion of [prune] uses true labels."""
+    hard = settings.method == "distill" and settings.distill.hard > 0
+    return hard or (recipe.prune is not None and recipe.prune.criterion in GRADIENT)
 
 
 def cut_again(

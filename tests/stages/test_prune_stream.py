@@ -73,3 +73,17 @@ def test_pruned_and_recovered(home: Path, tmp_path: Path) -> None:
     spread = whole.var()
     assert ((cut - whole) ** 2).mean() > 0.1 * spread  # channels that went are zero
     assert ((repaired - whole) ** 2).mean() < 0.005 * spread  # measured: see the noise above
+
+
+def test_labels_that_nothing_reads_are_told(home: Path, tmp_path: Path) -> None:
+    np.save(home / "labels.npy", np.zeros(48, np.int64))
+    raw = {
+        "model": {"name": "m", "version": "1", "source": "model.onnx",
+                  "inputs": {"x": {"shape": [1, "T", 5], "typical": [1, 20, 5]}}},
+        "data": {"calibration": "calibration.npz"},
+        "recover": {"labels": "labels.npy"},
+    }  # fmt: skip
+    work = Job(recipe=parse_recipe(raw, home), target=load_target("cpu"), folder=tmp_path,
+               model=home / "model.onnx", models={"export": home / "model.onnx"})  # fmt: skip
+    notes = recovery.run(work)["notes"]
+    assert any("labels are not read" in note["text"] for note in notes)

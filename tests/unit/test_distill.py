@@ -326,6 +326,13 @@ def test_labels_are_used_where_they_are_given(teacher):
     assert wrong[2] > wrong[1] and not np.array_equal(results[0], results[1])
 
 
+def test_labels_beyond_the_classes_are_refused(teacher):
+    student, kept = pruned(teacher, 0)
+    settings = Distillation(steps=4, rate=1e-2, hard=0.3, threads=1)
+    with pytest.raises(BadInput, match="classes 0 to 9"):
+        distill(teacher, student, calibration, settings, kept=kept, labels=Y[:200] + 1)
+
+
 def test_zeros_stay_zero_when_asked(teacher):
     student, kept = pruned(teacher, 0)
     (weight,) = [t for t in student.graph.initializer if t.name == "w"]

@@ -177,6 +177,7 @@ class Lesson:
             if self.labels is not None and self.settings.hard and mix is None and real:
                 truth = torch.from_numpy(self.labels[real])
                 answers = mine[0][[group.index(k) for k in real]]
+                check_classes(truth, answers)
                 hard = torch.nn.functional.cross_entropy(answers, truth)
                 loss = (1 - self.settings.hard) * loss + self.settings.hard * hard
             loss = loss * (share * len(group) / len(rows))
@@ -204,6 +205,16 @@ class Lesson:
                         distance += share * float(losses.output_loss(match.target, s, t, 1.0))
                         equal += share * losses.agreement(match.target, s, t)
         return Score(distance if np.isfinite(distance) else float("inf"), equal)
+
+
+def check_classes(truth: Tensor, answers: Tensor) -> None:
+    """BadInput for labels that are no class of answers (samples, classes)."""
+    if int(truth.max()) >= answers.shape[1]:
+        raise BadInput(
+            "labels to learn from",
+            expected=f"classes 0 to {answers.shape[1] - 1}, which the first output tells apart",
+            found=str(int(truth.max())),
+        )
 
 
 def comparable(match: Match, student: Tensor, teacher: Tensor) -> bool:
