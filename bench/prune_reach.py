@@ -29,12 +29,12 @@ import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from edgewright.model import input_specs, name_nodes, parameter_count
+from edgewright.model import input_specs, parameter_count
 from edgewright.passes.names import assign_names, names_in
 from edgewright.prune.cut import cut, masked
 from edgewright.prune.labels import analyse
-from edgewright.prune.outputs import closed, opened
-from edgewright.prune.untie import untie
+from edgewright.prune.outputs import closed
+from edgewright.prune.prepare import prepared
 from edgewright.runtime.local import open_local
 from edgewright.simplify import finish, simplified
 
@@ -94,9 +94,7 @@ def simple(model: onnx.ModelProto) -> onnx.ModelProto:
     job: Any = SimpleNamespace(tell=lambda *a: None)
     done = simplified(ir.to_proto(work), names, job, None)
     assert not done.broken, done.broken
-    result = untie(finish(done, {p.key: p.value for p in model.metadata_props}))
-    name_nodes(result)
-    return opened(result)
+    return prepared(finish(done, {p.key: p.value for p in model.metadata_props}))
 
 
 def sample(case: Path) -> dict[str, np.ndarray]:

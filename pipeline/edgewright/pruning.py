@@ -23,10 +23,10 @@ from edgewright.errors import BadInput
 from edgewright.metric import retention
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import mark
-from edgewright.prune.outputs import closed, opened
+from edgewright.prune.outputs import closed
+from edgewright.prune.prepare import prepared
 from edgewright.prune.select import nothing_to_prune
 from edgewright.prune.unstructured import sparse
-from edgewright.prune.untie import untie
 from edgewright.runtime.timing import cpu_ratio
 from edgewright.stage import Job, Report
 
@@ -42,9 +42,7 @@ def run(job: Job) -> Report:
         raise BadInput("the recipe has no [prune]", hint="add [prune] with budget = { macs = 0.7 }")
     if settings.zero:
         return zeroed(job, settings)
-    model = untie(graph.load(job.input_model()))
-    graph.name_nodes(model)
-    model = opened(model)
+    model = prepared(graph.load(job.input_model()))
     analysis = analyse(model)
     check_excluded(analysis, settings)
     analysis = without_excluded(analysis, settings)

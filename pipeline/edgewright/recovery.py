@@ -20,8 +20,7 @@ from edgewright.prune.criteria import GRADIENT
 from edgewright.prune.cut import Kept, cut
 from edgewright.prune.labels import analyse
 from edgewright.prune.marks import removed_units, unmarked
-from edgewright.prune.outputs import opened
-from edgewright.prune.untie import untie
+from edgewright.prune.prepare import prepared
 from edgewright.recipe import Recipe, RecoverSettings
 from edgewright.recover import fitting, needs_torch
 from edgewright.recover.compensate import compensate
@@ -35,9 +34,7 @@ def run(job: Job) -> Report:
     """The stage: the cut model with repaired weights, file layout and names unchanged."""
     settings = job.recipe.recover or RecoverSettings()
     pruned = graph.load(job.input_model())
-    original = untie(graph.load(job.models.get("simplify", job.models["export"])))
-    graph.name_nodes(original)
-    original = opened(original)
+    original = prepared(graph.load(job.models.get("simplify", job.models["export"])))
     report: dict[str, Any] = {"notes": [], "method": settings.method, "layers": []}
     if settings.labels and not labels_read(job.recipe, settings):
         text = "recover.labels are not read: neither recover.distill.hard nor a criterion uses them"

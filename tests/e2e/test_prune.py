@@ -201,7 +201,12 @@ distill = { steps = 400, batch = 8, rate = 0.003, solver = "adam", threads = 1 }
 """
     recipe = write_tiny(tmp_path / "r", RECIPE + more)
     model, small = recipe.parent / "model.onnx", tmp_path / "small.onnx"
+    mine = tmp_path / "small.onnx.unfinished" / "mine"  # somebody's own
+    mine.parent.mkdir()
+    mine.touch()
     assert edgewright("prune", model, "--recipe", recipe, "-o", small).code == 0
+    mine.unlink()
+    mine.parent.rmdir()
     words = ["recover", small, "--original", model, "--recipe", recipe, "-o"]
     whole, killed = tmp_path / "whole.onnx", tmp_path / "killed.onnx"
     assert edgewright(*words, whole).code == 0

@@ -1,8 +1,7 @@
 """The commands that run one stage on files."""
 
-import shutil
-import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from edgewright.cli.options import PATH, options, settings
 from edgewright.cli.terminal import emit, emit_json, emit_table
 from edgewright.errors import BadInput
 from edgewright.files import check_writable, copy_atomic
-from edgewright.process import Stopped
 from edgewright.recipe import Recipe, load_recipe, parse_recipe
 from edgewright.target import Target, load_target
 
@@ -33,8 +31,8 @@ def on_files(
 ) -> dict[str, Report]:
     """Run stages on files; their reports. The last one's file `result` goes to `output`.
 
-    Beside it stands, while a training is at work, the folder of its checkpoint; it stays only
-    where the command was stopped or killed.
+    Beside it stands, while a training is at work, the folder of its checkpoint: a command that
+    was stopped or killed leaves it there for the next one.
     """
     from edgewright.build import run_stages
     from edgewright.console import watching
@@ -56,8 +54,9 @@ def on_files(
                 unfinished=unfinished,
             )  # fmt: skip
     finally:
-        if unfinished is not None and not isinstance(sys.exception(), Stopped):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished is not None:
+            with suppress(OSError):
+                unfinished.rmdir()  # what trained to its end took its checkpoint away
 
 
 def show(

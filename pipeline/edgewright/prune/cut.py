@@ -31,8 +31,7 @@ def cut(
 
     Kept indices are those of the original, sorted, for each (tensor, axis), activations
     included. Names of nodes and tensors stay; products of `outputs.opened` that lost nothing are
-    left out. BadInput for labels that are no units and where
-    an axis would become empty.
+    left out. BadInput for labels that are no units and where an axis would become empty.
     """
     gone = checked(analysis, remove)
     kept = kept_indices(analysis, gone)
