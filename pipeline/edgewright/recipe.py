@@ -96,7 +96,8 @@ class Distillation:
     outputs: how outputs are compared: "auto" (by the node that makes them), "soft" (all are
     logits over the last axis) or "value" (squared error). temperature: softens distributions
     of outputs (N, classes); longer outputs, such as CTC's, are compared at 1. soft, feature,
-    attention: weights of the losses. hard: weight of the true labels where they are given, at
+    attention: weights of the losses; without soft, layers behind the features still learn from the
+    outputs, and no others. hard: weight of the true labels where they are given, at
     most 0.3, taken from the others. features: names of tensors for the feature loss; empty:
     the one before the last pooling. mix: trains on mixtures of two samples as well, for inputs
     that are float32 (adam). vary: copies of each of at most FEW samples, changed as

@@ -24,6 +24,7 @@ from edgewright.recover import losses, training  # noqa: E402
 from edgewright.recover.batches import Pair, Wrapped, runtime_teacher  # noqa: E402
 from edgewright.recover.distill import distill  # noqa: E402
 from edgewright.recover.executor import to_module  # noqa: E402
+from edgewright.recover.lesson import make_lesson  # noqa: E402
 from edgewright.recover.losses import Target, find_target, output_loss  # noqa: E402
 
 HIDDEN, LEFT = 48, 8
@@ -121,6 +122,35 @@ def test_inner_features_are_compared_with_what_was_kept_of_the_original(teacher)
     asked = Distillation(steps=3, features=("a",), threads=1)
     with pytest.raises(BadInput, match=r"shape of 'a'.*48.*8"):
         distill(teacher, pruned(teacher, 0)[0], calibration, asked)
+
+
+def test_layers_behind_the_features_learn_from_the_outputs_where_nothing_else_does(teacher):
+    def gradients(**options: float) -> dict[str, torch.Tensor]:
+        student, kept = pruned(teacher, 0)
+        for tensor in student.graph.initializer:  # so that the features are off, too
+            if tensor.name == "w":
+                moved = numpy_helper.to_array(tensor) * np.float32(1.1)
+                tensor.CopyFrom(numpy_helper.from_array(moved, "w"))
+        settings = Distillation(features=("a",), threads=1, **options)
+        pupil, feeds = to_module(student), list(calibration(20))
+        lesson, _ = make_lesson(teacher, pupil, student, feeds, settings, kept, None)
+        lesson.gradient(lesson.train)
+        return {name: w.grad for name, w in pupil.weights.items() if w.grad is not None}
+
+    both, inner = gradients(soft=0.0, feature=1.0), gradients(soft=1.0, feature=1.0)
+    outer = gradients(soft=1.0, feature=0.0)
+    for name in ("v", "c"):  # what reads the features: as with the outputs' loss alone
+        assert torch.equal(both[name], outer[name])
+        assert both[name].abs().max() > 0
+    for name in ("w", "b"):  # what makes them: as without it
+        torch.testing.assert_close(both[name], inner[name] - outer[name], rtol=1e-3, atol=1e-6)
+
+
+def test_features_alone_do_not_leave_the_last_layer_behind(teacher):
+    student, kept = pruned(teacher, 0)  # its features are right, its last layer is not
+    only = Distillation(steps=150, rate=0.01, soft=0, feature=1, threads=1)
+    report = distill(teacher, student, calibration, only, kept=kept)
+    assert report["best"]["distance"] < 0.8 * report["start"]["distance"]
 
 
 def test_a_feature_that_is_not_there_is_an_error(teacher):

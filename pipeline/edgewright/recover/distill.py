@@ -180,6 +180,7 @@ def against_newton(
         "a loss that changes from step to step": keep == "last",
         "weights that are rounded in training": settings.quantized,
         "weights that are to stay zero": settings.keep_zeros,
+        "no loss of the outputs": not settings.soft,
     }
     if settings.solver == "auto":
         reasons |= {

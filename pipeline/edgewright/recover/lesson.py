@@ -1,7 +1,7 @@
 """What a student learns from its teacher: the tensors compared, and the loss of a step."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -127,6 +127,7 @@ class Lesson:
     real: int  # samples; those behind are varied ones
     made: int  # varied ones that are trained on in one pass; the next may take others
     penalty: Callable[[int], Tensor] | None = None
+    behind: list[Tensor] = field(default_factory=list)  # weights that only outputs depend on
 
     def values(
         self, rows: list[int], mix: np.random.Generator | None, again: bool = False
@@ -180,10 +181,20 @@ class Lesson:
                 check_classes(truth, answers)
                 hard = torch.nn.functional.cross_entropy(answers, truth)
                 loss = (1 - self.settings.hard) * loss + self.settings.hard * hard
-            loss = loss * (share * len(group) / len(rows))
-            loss.backward()
-            total += float(loss.detach())
+            part = share * len(group) / len(rows)
+            (loss * part).backward(retain_graph=bool(self.behind))
+            total += part * float(loss.detach())
+            if self.behind:
+                self.teach_behind(mine, theirs, part)
         return total
+
+    def teach_behind(self, mine: list[Tensor], theirs: list[Tensor], part: float) -> None:
+        """Add a part of the gradient of the outputs' mean loss to the weights behind the features,
+        and to no others."""
+        heat = self.settings.temperature
+        pairs = zip(self.matches, mine, theirs, strict=True)
+        terms = [pair_loss(m, s, t, heat) for m, s, t in pairs if m.target is not None]
+        (torch.stack(terms).mean() * part).backward(inputs=self.behind)
 
     def whole_gradient(self) -> float:
         """Add the gradient of the mean loss of all training samples, in batches; the loss."""
@@ -318,4 +329,23 @@ def make_lesson(
     lesson = Lesson(
         pair, matches, targets, kept, settings, labels, train, held, len(feeds), made[1]
     )
-    return lesson, [*notes, *drop_unlike(lesson)]
+    notes += drop_unlike(lesson)
+    if graph is not None and not settings.soft:
+        lesson.behind = only_outputs(graph, lesson)
+    return lesson, notes
+
+
+def only_outputs(graph: onnx.ModelProto, lesson: Lesson) -> list[Tensor]:
+    """The weights that none of the inner tensors depends on.
+
+    Without a loss of the outputs nothing would move them: they would go on reading features that
+    are about to change (compensation fitted them to those of the start).
+    """
+    reached = {
+        read
+        for match in lesson.matches
+        if match.target is None
+        for node in losses.upstream(graph, match.student)
+        for read in (*node.input, *node.output)
+    }
+    return [w for name, w in lesson.pair.student.weights.items() if name not in reached]
