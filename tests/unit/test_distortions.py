@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from edgewright.recover.distortions import looked_at, pieced, remade, shaded, stretched, taken, used
+from edgewright.recover.distortions import (
+    looked_at,
+    pieced,
+    remade,
+    reversed_at_times,
+    shaded,
+    slanted,
+    stretched,
+    taken,
+    used,
+)
 
 
 def line(*values: float) -> np.ndarray:
@@ -18,6 +28,20 @@ def test_stretching_keeps_one_place_where_it_is() -> None:
 def test_places_between_two_values_and_beyond_the_ends() -> None:
     got = taken(line(0, 10, 30), 2, np.array([-1, 0.5, 1.25, 2, 7]))
     assert got.ravel().tolist() == [0, 5, 15, 30, 30]
+
+
+def test_slanting_moves_each_row_by_its_distance_from_the_middle() -> None:
+    page = np.tile(np.array([0, 10, 20, 30, 40], np.float32), (3, 1))[None, None]
+    got = slanted(page, 3, 0.5)
+    assert got[0, 0].tolist() == [[0, 5, 15, 25, 35], [0, 10, 20, 30, 40], [5, 15, 25, 35, 40]]
+
+
+def test_each_axis_is_turned_round_now_and_then_and_channels_never() -> None:
+    page = np.arange(12, dtype=np.float32).reshape(1, 2, 2, 3)
+    rng = np.random.default_rng(0)
+    found = {reversed_at_times(page, rng).tobytes() for _ in range(200)}
+    flips = [page, page[:, :, ::-1], page[..., ::-1], page[:, :, ::-1, ::-1]]
+    assert found == {np.ascontiguousarray(f).tobytes() for f in flips}
 
 
 def test_padding_is_what_holds_one_number_to_the_end() -> None:

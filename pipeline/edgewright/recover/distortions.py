@@ -30,6 +30,10 @@ PART = (0.2, 0.67)  # share of an axis that one of several pieces takes
 LEAST = 0.05  # share of an axis that is too short for one more piece
 SHORTER = 0.5  # share of an axis that is filled at least where samples end in padding
 INVERTED = 0.2  # chance that a piece is turned into its negative
+ACROSS = (0.7, 1.18)  # of a piece, along the axes that it is not a piece of
+SLANT = 0.4  # at most: how far what lies along one axis moves for each place along the next
+SLANTED = 0.3  # chance of that, where a piece has the axes
+REVERSED = 0.2  # chance that an axis runs the other way, for each
 BLEND = (0.2, 0.5)  # share of the other sample where two are laid over each other
 BLENDED = 0.2  # chance of that, where another one takes part
 COLOURED = 0.3
@@ -55,10 +59,11 @@ def varied(value: np.ndarray, pool: Sequence[np.ndarray], ends: Ends, rng: Rando
 
 def remade(value: np.ndarray, pool: Sequence[np.ndarray], ends: Ends, rng: Random) -> np.ndarray:
     """Another sample: of several ones' pieces in a row, or a look at one of them."""
-    if rng.uniform() < OFTEN:
+    sizes = value.shape[2:]
+    if rng.uniform() < max(sizes) / sum(sizes):  # a long thing is a row of things
         new = pieced(value, pool, ends, rng)
     else:
-        new = looked_at(value, rng)
+        new = reversed_at_times(looked_at(value, rng), rng)
         if rng.uniform() < OFTEN:
             other = looked_at(pool[int(rng.integers(len(pool)))], rng)
             if rng.uniform() < BLENDED:
@@ -127,7 +132,8 @@ def looked_at(value: np.ndarray, rng: Random) -> np.ndarray:
 
 
 def pieced(value: np.ndarray, pool: Sequence[np.ndarray], ends: Ends, rng: Random) -> np.ndarray:
-    """Pieces of any samples behind each other, each stretched and shaded its own way.
+    """Pieces of any samples behind each other, each stretched, slanted, turned round and shaded its
+    own way.
 
     Along one axis, a long one rather than a short one. Where the sample at hand ends in padding,
     so may the new one, and no padding is in between.
@@ -146,6 +152,12 @@ def pieced(value: np.ndarray, pool: Sequence[np.ndarray], ends: Ends, rng: Rando
         begin = int(rng.integers(whole - length + 1))
         new = min(room, max(1, round(length * rng.uniform(*STRETCH))))
         part = taken(source, axis, np.linspace(begin, begin + length - 1, new))
+        for other in range(2, value.ndim):
+            if other != axis:
+                part = stretched(part, other, rng.uniform(*ACROSS), rng.uniform())
+        part = reversed_at_times(part, rng)
+        if axis > 2 and rng.uniform() < SLANTED:
+            part = slanted(part, axis, rng.uniform(-SLANT, SLANT))
         if rng.uniform() < OFTEN:
             part = shaded(part, rng)
         if rng.uniform() < INVERTED:
@@ -153,11 +165,22 @@ def pieced(value: np.ndarray, pool: Sequence[np.ndarray], ends: Ends, rng: Rando
         parts.append(part)
         room -= new
     last = np.take(value if padded else parts[-1], [-1], axis)
-    result = np.concatenate([*parts, np.repeat(last, rest + room, axis)], axis)
-    for other in range(2, value.ndim):
-        if other != axis:
-            result = stretched(result, other, rng.uniform(*UNEVEN), rng.uniform())
-    return result
+    return np.concatenate([*parts, np.repeat(last, rest + room, axis)], axis)
+
+
+def reversed_at_times(value: np.ndarray, rng: Random) -> np.ndarray:
+    """Each axis the other way round or not: what it shows is new, its parts are the same."""
+    return np.flip(value, tuple(a for a in range(2, value.ndim) if rng.uniform() < REVERSED))
+
+
+def slanted(value: np.ndarray, axis: int, by: float) -> np.ndarray:
+    """Each place along the axis before moved along this one, the middle not at all."""
+    count, size = value.shape[axis - 1], value.shape[axis]
+    moved = by * (np.arange(count) - (count - 1) / 2)
+    rows = [
+        taken(np.take(value, [k], axis - 1), axis, np.arange(size) + moved[k]) for k in range(count)
+    ]
+    return np.concatenate(rows, axis - 1)
 
 
 def used(value: np.ndarray, axis: int) -> int:
