@@ -237,7 +237,7 @@ def test_a_checkpoint_of_other_data_or_damaged_is_not_used(teacher, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_training_with_the_last_good(teacher, monkeypatch):
     real, calls = losses.output_loss, []
 
-    def broken(target, student, teacher, temperature):
+    def broken(target, student, teacher, temperature, balanced=False):
         calls.append(temperature)
         value = real(target, student, teacher, temperature)
         return value * float("nan") if calls.count(2.0) > 20 and temperature == 2.0 else value
@@ -323,6 +323,20 @@ def test_distances_are_those_of_the_formulas():
     a[0, 0, 0, 0], b[0, 1, 0, 1] = 2, 5  # all the energy in one place, in another one
     assert float(losses.spatial_loss(a, b)) == pytest.approx(2)
     assert float(losses.spatial_loss(a, 3 * a)) == pytest.approx(0)
+
+
+def test_of_many_answers_the_common_one_counts_half() -> None:
+    teacher = torch.zeros(1, 5, 3)
+    teacher[0, :4, 0] = teacher[0, 4, 2] = 4.0  # four times the first class, once the last
+    np.testing.assert_allclose(losses.even(teacher.argmax(-1)), [[0.625] * 4 + [2.5]])
+    student = teacher.clone()
+    student[0, 4] = 0.0  # wrong only where the answer is rare
+    soft = Target("y", "soft", "y")
+    plain, even = (float(output_loss(soft, student, teacher, 1.0, b)) for b in (False, True))
+    assert even == pytest.approx(2.5 * plain)
+    # No answer of more than half, or no other: all alike.
+    assert losses.even(torch.tensor([0, 0, 1, 2])).tolist() == [1, 1, 1, 1]
+    assert losses.even(torch.zeros(3, dtype=torch.long)).tolist() == [1, 1, 1]
 
 
 def test_one_cycle_rises_then_falls_to_nothing():

@@ -106,8 +106,9 @@ def choose_matches(
 def pair_loss(match: Match, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     if match.loss == "output":
         assert match.target is not None
-        heat = temperature if student.dim() == 2 else 1.0
-        return losses.output_loss(match.target, student, teacher, heat)
+        dense = student.dim() > 2  # many answers for each sample
+        heat = 1.0 if dense else temperature
+        return losses.output_loss(match.target, student, teacher, heat, dense)
     function = {"feature": losses.feature_loss, "map": losses.map_loss}
     return function.get(match.loss, losses.spatial_loss)(student, teacher)
 

@@ -92,16 +92,20 @@ def ends_in_product(
     return own and not node.input[1].endswith(MATRIX)
 
 
-def output_loss(target: Target, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def output_loss(
+    target: Target, student: Tensor, teacher: Tensor, temperature: float, balanced: bool = False
+) -> Tensor:
     """Distance of one output from the teacher's, 0 where they agree; see `Target.kind`.
 
     soft: KL(teacher || student) in nats, both softened by the temperature, times its square
     (Hinton et al., 1503.02531, section 2.1), mean over positions. binary: the same for each
     number on its own. value: mean squared error over the teacher's variance. logits: both.
+    balanced: the mean over positions is that of `even`.
     """
     if target.kind == "logits":
         parts = (replace(target, kind="value"), replace(target, kind="soft"))
-        return torch.stack([output_loss(p, student, teacher, temperature) for p in parts]).sum()
+        both = [output_loss(p, student, teacher, temperature, balanced) for p in parts]
+        return torch.stack(both).sum()
     if target.kind == "value":
         spread = (teacher - teacher.mean()).square().mean() + TINY
         return (student - teacher).square().mean() / spread
@@ -112,7 +116,21 @@ def output_loss(target: Target, student: Tensor, teacher: Tensor, temperature: f
         rest = torch.nn.functional.logsigmoid(-t) - torch.nn.functional.logsigmoid(-s)
         return (p * gap + (1 - p) * rest).mean() * temperature**2
     log_p, log_q = torch.log_softmax(t, target.axis), torch.log_softmax(s, target.axis)
-    return (log_p.exp() * (log_p - log_q)).sum(target.axis).mean() * temperature**2
+    found = (log_p.exp() * (log_p - log_q)).sum(target.axis) * temperature**2
+    return (found * even(teacher.argmax(target.axis))).mean() if balanced else found.mean()
+
+
+def even(answers: Tensor) -> Tensor:
+    """Weights of answers, 1 in the mean: the most frequent one counts half where it is more.
+
+    Where a background is most of what is answered (CTC's blank), a student that is not sure takes
+    it, and what is rare is lost: read shorter, found less.
+    """
+    common = answers == torch.mode(answers.flatten()).values
+    share = float(common.float().mean())
+    if not 0.5 < share < 1:
+        return torch.ones_like(answers, dtype=torch.float32)
+    return torch.where(common, 0.5 / share, 0.5 / (1 - share))
 
 
 def agreement(target: Target, student: Tensor, teacher: Tensor) -> float:
