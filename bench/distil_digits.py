@@ -311,9 +311,9 @@ def gap(runs: list[Found], against: list[Found], key: str, other: str) -> str:
     return f"{np.mean(values):+.2f} (least {min(values):+.2f})"
 
 
-def over_random(runs: list[dict[str, Found]], criterion: str, end: str, key: str) -> str:
-    """The mean over the seeds; behind it by how much it is above the mean draw of `random` on the
-    same net, with the standard error of that over the seeds."""
+def above_random(runs: list[dict[str, Found]], criterion: str, end: str, key: str) -> np.ndarray:
+    """Rows (own, own minus the mean draw of `random` on the same net), one for each seed that has
+    both."""
     pairs = []
     for run in runs:
         drawn = [run[r + end][key] for r in RANDOM if r + end in run]
@@ -321,15 +321,22 @@ def over_random(runs: list[dict[str, Found]], criterion: str, end: str, key: str
         own = chance if criterion == "random" else run.get(criterion + end, {}).get(key)
         if own is not None and chance is not None:
             pairs.append((own, own - chance))
-    if not pairs:
+    return np.array(pairs).reshape(-1, 2)
+
+
+def over_random(runs: list[list[dict[str, Found]]], criterion: str, end: str, key: str) -> str:
+    """The mean over the seeds; behind it by how much it is above the mean draw of `random` on the
+    same net, with the standard error of that over the seeds. Of several nets the mean of those."""
+    found = [above_random(of_net, criterion, end, key) for of_net in runs]
+    if not all(map(len, found)):
         return ""
     digits = 3 if key == "distance" else 2
-    own, above = np.array(pairs).T
-    text = f"{own.mean():.{digits}f}"
-    if criterion == "random" or len(own) < 2:
+    text = f"{np.mean([own.mean() for own, _ in (f.T for f in found)]):.{digits}f}"
+    if criterion == "random" or min(map(len, found)) < 2:
         return text
-    error = above.std(ddof=1) / len(above) ** 0.5
-    return f"{text} ({above.mean():+.{digits}f} ± {error:.{digits}f})"
+    above = float(np.mean([f[:, 1].mean() for f in found]))
+    variance = sum(f[:, 1].var(ddof=1) / len(f) for f in found)
+    return f"{text} ({above:+.{digits}f} ± {variance**0.5 / len(found):.{digits}f})"
 
 
 def show_criteria(runs: dict[str, list[dict[str, Found]]]) -> None:
@@ -338,14 +345,15 @@ def show_criteria(runs: dict[str, list[dict[str, Found]]]) -> None:
     rows = []
     for criterion in ("random", *CRITERIA):
         for key, end in columns.items():
-            found = [over_random(of_net, criterion, end, key) for of_net in runs.values()]
+            nets = [[of_net] for of_net in runs.values()] + [list(runs.values())]
+            found = [over_random(some, criterion, end, key) for some in nets]
             rows.append([f"`{criterion}`" if key == "cut" else "", key, *found])
     counts = []
     for name, of_net in runs.items():
         trained_too = sum(CRITERIA[-1] in run for run in of_net)
         counts.append(f"{name} {len(of_net)}, distilled {trained_too}")
     print(f"\n**Criteria**, seeds: {'; '.join(counts)}; {len(RANDOM)} draws of random on each\n")
-    print(table(["units by", "", *runs], rows), flush=True)
+    print(table(["units by", "", *runs, "mean of the nets"], rows), flush=True)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
