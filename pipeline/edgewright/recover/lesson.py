@@ -214,7 +214,7 @@ class Lesson:
                         if match.target is None:
                             continue
                         share = len(group) / len(self.held) / len(self.targets)
-                        distance += share * float(losses.output_loss(match.target, s, t, 1.0))
+                        distance += share * float(pair_loss(match, s, t, 1.0))
                         equal += share * losses.agreement(match.target, s, t)
         return Score(distance if np.isfinite(distance) else float("inf"), equal)
 
