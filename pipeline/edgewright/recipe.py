@@ -101,7 +101,8 @@ class Distillation:
     most 0.3, taken from the others. features: names of tensors for the feature loss; empty:
     the one before the last pooling. mix: trains on mixtures of two samples as well, for inputs
     that are float32 (adam). vary: copies of each of at most FEW samples, changed as
-    `recover.variants` says, that are learned from as well. keep_zeros: weights that are zero stay
+    `recover.variants` says, that are learned from as well. wild: where none of them comes twice,
+    they may be far from any sample. keep_zeros: weights that are zero stay
     zero. quantized: trains with weights and activations rounded as int8 will round them. samples:
     kept in memory.
     threads: of the training; the result's last bits depend on their number.
@@ -123,6 +124,7 @@ class Distillation:
     features: tuple[str, ...] = ()
     mix: bool = True
     vary: int = 3
+    wild: bool = True
     keep_zeros: bool = False
     quantized: bool = False
     samples: int = 1024

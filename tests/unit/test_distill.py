@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 datasets = pytest.importorskip("sklearn.datasets")
 
 from edgewright.recipe import Distillation  # noqa: E402
-from edgewright.recover import losses, training  # noqa: E402
+from edgewright.recover import losses, training, variants  # noqa: E402
 from edgewright.recover.batches import Pair, Wrapped, runtime_teacher  # noqa: E402
 from edgewright.recover.distill import distill  # noqa: E402
 from edgewright.recover.executor import to_module  # noqa: E402
@@ -337,6 +337,28 @@ def test_of_many_answers_the_common_one_counts_half() -> None:
     # No answer of more than half, or no other: all alike.
     assert losses.even(torch.tensor([0, 0, 1, 2])).tolist() == [1, 1, 1, 1]
     assert losses.even(torch.zeros(3, dtype=torch.long)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("wild", [True, False])
+def test_varied_samples_stay_near_where_that_is_asked(wild, monkeypatch):
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[N,2,8] x) => (float[N,2,8] y)'
+        " { h = Conv (x, w) y = Sigmoid (h) }"
+    )
+    weight = np.random.default_rng(0).normal(size=(2, 2, 1)).astype("f")
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    calls = []
+
+    def far(value, pool, ends, rng):
+        calls.append(value.shape)
+        return value
+
+    monkeypatch.setattr(variants, "remade", far)
+    rng = np.random.default_rng(1)
+    feeds = [{"x": rng.normal(size=(1, 2, 8)).astype("f")} for _ in range(20)]
+    settings = Distillation(steps=4, rate=1e-3, batch=8, solver="adam", wild=wild, threads=1)
+    distill(model, model, lambda: feeds, settings)
+    assert bool(calls) == wild
 
 
 def test_one_cycle_rises_then_falls_to_nothing():

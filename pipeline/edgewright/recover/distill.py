@@ -103,7 +103,7 @@ def train(
     with repeatable(settings.threads):
         pupil: Student = to_module(student) if isinstance(student, onnx.ModelProto) else student
         lesson, notes = make_lesson(
-            teacher, pupil, graph, samples, settings, kept, labels, wild=from_all
+            teacher, pupil, graph, samples, settings, kept, labels, wild=from_all and settings.wild
         )
         models = [m for m in (teacher, graph) if isinstance(m, onnx.ModelProto)]
         parts = [m.SerializeToString(deterministic=True) for m in models]
