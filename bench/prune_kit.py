@@ -26,12 +26,13 @@ import numpy as np
 import onnx
 
 from edgewright.data import samples
-from edgewright.model import input_specs, name_nodes, parameter_count
+from edgewright.model import input_specs, parameter_count
 from edgewright.prune.costs import Costs
 from edgewright.prune.criteria import scores
 from edgewright.prune.cut import cut
 from edgewright.prune.labels import analyse
-from edgewright.prune.outputs import closed, opened
+from edgewright.prune.outputs import closed
+from edgewright.prune.prepare import prepared
 from edgewright.prune.select import select
 from edgewright.recipe import Distillation, load_recipe
 from edgewright.recover.compensate import compensate
@@ -159,7 +160,7 @@ def prune(case: str, share: str, asked: argparse.Namespace) -> Row:
     command = ["-m", "edgewright", "simplify", str(asked.kit / case / "model.onnx"), "--recipe"]
     command += [str(asked.kit / case / "recipe.toml"), "-o", str(simple)]
     subprocess.run([sys.executable, *command], check=True, capture_output=True)
-    model = onnx.load(simple)
+    model = prepared(onnx.load(simple))
     specs = input_specs(model)
 
     def feeds() -> Any:
@@ -170,8 +171,6 @@ def prune(case: str, share: str, asked: argparse.Namespace) -> Row:
         pass
 
     sizes = {k: v.shape for k, v in next(iter(feeds())).items()}
-    name_nodes(model)
-    model = opened(model)
     analysis = analyse(model)
     clock = [(time.monotonic(), time.process_time())]
     ranking = scores(model, analysis, asked.criterion, feeds, silent)
